@@ -1,0 +1,1 @@
+"""LLaDA-MoE in JAX: masked-diffusion language models with a mixture of experts."""

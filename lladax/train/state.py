@@ -1,0 +1,80 @@
+"""What a run carries from step to step, and where each part of it lies on the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from lladax.sharding import param_shardings
+
+
+@struct.dataclass
+class TrainState:
+  """Arrays only; plain, not boxed.
+
+  Attributes:
+    step: int32[], steps taken, skipped ones included. Noise and data follow it.
+    params: the parameters.
+    opt_state: of the optax transformation; its own count leaves skipped steps out.
+    skipped_in_a_row: int32[], the latest steps whose loss or gradient was not finite.
+    skipped_total: int32[], all such steps.
+  """
+
+  step: jax.Array
+  params: optax.Params
+  opt_state: optax.OptState
+  skipped_in_a_row: jax.Array
+  skipped_total: jax.Array
+
+
+# key -> parameters, boxed with their logical axis names or plain.
+InitParams = Callable[[jax.Array], optax.Params]
+
+
+def init_state(
+  init_params: InitParams, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> TrainState:
+  """A fresh state. Each device makes its own part; values do not depend on the mesh."""
+  make = _maker(init_params, optimizer)
+  key = jax.random.key(seed)
+  shardings = param_shardings(mesh, jax.eval_shape(make, key))
+  return jax.jit(lambda key: nn.meta.unbox(make(key)), out_shardings=shardings)(key)
+
+
+def abstract_state(
+  init_params: InitParams, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Shapes, types and shardings of `init_state`, with nothing computed: what a restore needs."""
+  make = _maker(init_params, optimizer)
+  key = jax.random.key(0)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    jax.eval_shape(lambda key: nn.meta.unbox(make(key)), key),
+    param_shardings(mesh, jax.eval_shape(make, key)),
+  )
+
+
+def state_shardings(state: TrainState) -> TrainState:
+  """The sharding of every leaf of a state or of an abstract state."""
+  return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def _maker(init_params: InitParams, optimizer: optax.GradientTransformation):
+  def make(key: jax.Array) -> TrainState:
+    params = init_params(key)
+    # Made from boxed parameters, the moments carry the same axis names.
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=optimizer.init(params),
+      skipped_in_a_row=jnp.zeros((), jnp.int32),
+      skipped_total=jnp.zeros((), jnp.int32),
+    )
+
+  return make

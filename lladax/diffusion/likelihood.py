@@ -85,19 +85,34 @@ def log_likelihood_bound(
 def mask_counts(
   keys: jax.Array, maskable_count: jax.Array, samples: jax.Array, *, mc_num: int
 ) -> jax.Array:
-  """How many tokens each sample of each row masks: evenly spaced in 1..M from a random start.
+  """How many tokens each sample of each row masks: `even_counts` from a random start.
 
   Args:
     keys: [B]. maskable_count: int32[B], M. samples: int32[S], sample numbers below `mc_num`.
 
   Returns:
-    int32[S, B]; 0 where M is 0. Each count alone is exactly uniform over 1..M.
+    int32[S, B]; 0 where M is 0.
+  """
+  starts = jax.vmap(lambda key, high: jax.random.randint(key, (), 0, high))(
+    fold_in_rows(keys, COUNTS_STREAM), jnp.maximum(maskable_count, 1)
+  )  # [B]
+  return even_counts(starts, maskable_count, samples, mc_num=mc_num)
+
+
+def even_counts(
+  starts: jax.Array, maskable_count: jax.Array, samples: jax.Array, *, mc_num: int
+) -> jax.Array:
+  """start + 1, and from there in `mc_num` even steps once around 1..M.
+
+  In integers, so that with a start uniform over 0..M-1 each count alone is exactly uniform.
+
+  Args:
+    starts, maskable_count: int32[B]. samples: int32[S].
+
+  Returns:
+    int32[S, B]; 0 where M is 0.
   """
   room = jnp.maximum(maskable_count, 1)
-  starts = jax.vmap(lambda key, high: jax.random.randint(key, (), 0, high))(
-    fold_in_rows(keys, COUNTS_STREAM), room
-  )  # [B]
-  # Integers: an exact floor keeps every start, hence every count, equally likely.
   shift = (samples[:, None] * room + mc_num // 2) // mc_num  # [S, B]
   return jnp.where(maskable_count > 0, (starts + shift) % room + 1, 0)
 

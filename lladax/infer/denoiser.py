@@ -1,0 +1,130 @@
+"""From the network to the logits that tokens are drawn from: guidance, MASK removed, EOS policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lladax.infer.canvas import Canvas
+from lladax.types import BoolPerToken, Logits, Positions, SegmentIds, Tokens
+
+# (params, tokens, positions, segment_ids) -> logits float32[B, L, V]; position i predicts token i.
+# It is a static argument of jitted functions: hashable, and equal from call to call (a function of
+# a module, a frozen dataclass with __call__), because a fresh lambda per call would compile anew.
+# `params` is any pytree and is traced.
+DenoiseFn = Callable[[object, Tokens, Positions, SegmentIds], Logits]
+
+
+class EosPolicy:
+  """What becomes of EOS. Subclasses are frozen dataclasses and state one of the two methods.
+
+  Models fine-tuned with EOS padding write EOS early and everywhere when a whole answer is decoded
+  at once; LLaDA evaluates some benchmarks with one or the other remedy (arXiv 2502.09992).
+  """
+
+  def logits(self, logits: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
+    """Logits [..., V] to draw from."""
+    return logits
+
+  def confidence(
+    self, confidence: jax.Array, tokens: jax.Array, eos_ids: tuple[int, ...]
+  ) -> jax.Array:
+    """Confidence [...] of the tokens [...] drawn."""
+    return confidence
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepEos(EosPolicy):
+  """EOS is a token like any other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoEosLogits(EosPolicy):
+  """EOS is never written (LLaDA's `logits_eos_inf`): every answer has the full length."""
+
+  def logits(self, logits, eos_ids):
+    return remove_ids(logits, eos_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowEosConfidence(EosPolicy):
+  """EOS is written after everything else (LLaDA's `confidence_eos_eot_inf`).
+
+  The confidence of a drawn EOS falls by 1, below that of every other token. The reference sets it
+  to -inf; the ranking is the same but for the order among EOS themselves, which there is undefined.
+  """
+
+  def confidence(self, confidence, tokens, eos_ids):
+    return jnp.where(is_any(tokens, eos_ids), confidence - 1.0, confidence)
+
+
+def guided_logits(
+  denoise: DenoiseFn,
+  params: object,
+  canvas: Canvas,
+  given: BoolPerToken,
+  *,
+  cfg_scale: float,
+  mask_id: int,
+) -> Logits:
+  """Logits [B, L, V] of the canvas with classifier-free guidance and MASK removed.
+
+  Guidance is unsupervised (SMDM, arXiv 2410.18514): a second pass sees MASK in place of what was
+  `given`, and logits = un + (cfg_scale + 1) (cond - un). Both passes are one call on 2B rows.
+  MASK is removed last, since -inf minus -inf is not a number.
+  """
+  tokens, positions, segment_ids = canvas.tokens, canvas.positions, canvas.segment_ids
+  if cfg_scale == 0.0:
+    logits = denoise(params, tokens, positions, segment_ids).astype(jnp.float32)
+  else:
+    pair = jnp.concatenate([tokens, jnp.where(given, mask_id, tokens)])  # [2B, L]
+    twice = [jnp.concatenate([x, x]) for x in (positions, segment_ids)]
+    both = denoise(params, pair, *twice).astype(jnp.float32)  # [2B, L, V]
+    cond, un = jnp.split(both, 2)
+    logits = un + (cfg_scale + 1.0) * (cond - un)
+  return remove_ids(logits, (mask_id,))
+
+
+def draw_tokens(
+  logits: jax.Array, keys: jax.Array, positions: jax.Array, *, temperature: float
+) -> jax.Array:
+  """Tokens [B, W] from logits [B, W, V]: argmax, or samples of softmax(logits / temperature).
+
+  LLaDA's reference takes the argmax of exp(logits) / (-log u)**temperature in float64. The
+  logarithm of that is logits + temperature * g with g = -log(-log u) standard Gumbel, and the
+  argmax is the same since log is increasing; in this form nothing overflows in float32. The long
+  upper tail of g, where plain float32 draws run out of digits and rare tokens would never be
+  written, is what mode="high" is for.
+
+  Args:
+    keys: [B], of the row and iteration.
+    positions: int32[B, W]; the noise of a position is a function of its row's key and of the
+      position itself, so it does not depend on the window or on padding.
+  """
+  if temperature > 0.0:
+    vocabulary = logits.shape[-1]
+
+    def noise(key, position):
+      position_key = jax.random.fold_in(key, position)
+      return jax.random.gumbel(position_key, (vocabulary,), jnp.float32, mode="high")
+
+    gumbel = jax.vmap(jax.vmap(noise, in_axes=(None, 0)))(keys, positions)  # [B, W, V]
+    logits = logits + temperature * gumbel
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def token_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """softmax(logits)[tokens], float32: without noise or temperature, which would leak into it."""
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+
+
+def remove_ids(logits: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+  return jnp.where(is_any(jnp.arange(logits.shape[-1]), ids), -jnp.inf, logits)
+
+
+def is_any(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+  return jnp.isin(tokens, jnp.asarray(ids, jnp.int32))

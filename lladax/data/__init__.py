@@ -1,0 +1,44 @@
+"""Text to batches: corpora, tokenizers, packing and the grain pipeline."""
+
+from lladax.data.corpora import Document, load_corpus
+from lladax.data.pipeline import Data, DataConfig, heldout_dataset, load_data, train_dataset
+from lladax.data.tokenizer import (
+  Bytes,
+  JsonTokenizer,
+  Tokenizer,
+  encode_with_masks,
+  load_tokenizer,
+  make_tokenizer,
+  train_bpe,
+)
+from lladax.data.transforms import (
+  Rows,
+  check_ids,
+  make_batch,
+  pack,
+  split_documents,
+  unpack,
+)
+
+__all__ = [
+  "Bytes",
+  "Data",
+  "DataConfig",
+  "Document",
+  "JsonTokenizer",
+  "Rows",
+  "Tokenizer",
+  "check_ids",
+  "encode_with_masks",
+  "heldout_dataset",
+  "load_corpus",
+  "load_data",
+  "load_tokenizer",
+  "make_batch",
+  "make_tokenizer",
+  "pack",
+  "split_documents",
+  "train_bpe",
+  "train_dataset",
+  "unpack",
+]

@@ -253,12 +253,12 @@ def cache_dir() -> pathlib.Path:
 
 def cached_bpe(texts: Sequence[str], vocab_size: int) -> JsonTokenizer:
   """`train_bpe`, remembered in `cache_dir()` under the hash of text and vocabulary size."""
-  digest = hashlib.sha256(f"{_BPE_RECIPE} {vocab_size} {len(texts)}".encode())
+  digest = hashlib.sha256(f"{_BPE_RECIPE} {vocab_size}".encode())
   for text in texts:
     content = text.encode()
     digest.update(len(content).to_bytes(8, "little"))
     digest.update(content)
-  path = cache_dir() / f"bpe-{vocab_size}-{digest.hexdigest()[:20]}.json"
+  path = cache_dir() / f"bpe-{digest.hexdigest()[:20]}.json"
   if path.exists():
     try:
       return read_tokenizer_json(path, mask_token=MASK_TOKEN, eos_token=EOS_TOKEN)

@@ -298,6 +298,7 @@ def test_progress_shows_on_a_terminal_when_it_takes_long(monkeypatch, is_termina
   screen.isatty = lambda: is_terminal
   clock = itertools.count(step=seconds)
   monkeypatch.setattr(sys, "stderr", screen)
+  monkeypatch.setenv("TERM", "xterm")
   monkeypatch.setattr(pipeline.time, "monotonic", lambda: next(clock))
   tokens = tokenize(["ab" * 600_000, "", "c"], Bytes())
   assert [len(ids) for ids in tokens] == [1_200_000, 0, 1]

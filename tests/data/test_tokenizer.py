@@ -125,7 +125,7 @@ def test_the_cache_knows_text_and_size(cache):
   cached_bpe(TEXTS, 300)
   cached_bpe(TEXTS, 301)
   cached_bpe([*TEXTS, "more"], 300)
-  cached_bpe(["".join(TEXTS)], 300)
+  cached_bpe(["".join(TEXTS)], 300)  # a text more or less is another set of pairs
   assert len(list(cache.iterdir())) == 4
 
 

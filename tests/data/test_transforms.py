@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from lladax.data import transforms
 from lladax.data.corpora import Document
 from lladax.data.transforms import (
   check_ids,
@@ -65,6 +66,19 @@ def test_segments_never_mix_documents(sizes, length):
   for tokens, segments in zip(rows.tokens, rows.segment_ids, strict=True):
     for segment in range(1, segments.max() + 1):
       assert len(set(tokens[segments == segment]) - {EOS}) <= 1
+
+
+def test_documents_longer_than_a_row_are_reported(monkeypatch):
+  lines = []
+
+  def report(message, *values):
+    lines.append(message % values)
+
+  monkeypatch.setattr(transforms.logging, "info", report)
+  packed([[1] * 9, [2], [3] * 3], 4)  # rows: 1111 1111 1$2$ 333$
+  assert lines == [
+    "packed 3 documents (16 tokens) into 4 rows of 4: 1 documents were cut, into 3 pieces"
+  ]
 
 
 def test_rows_need_a_length():

@@ -1,0 +1,108 @@
+"""The experts' feed-forward layer for CPUs: gather, SwiGLU and both products block by block.
+
+A block's activations stay in cache from the gather to the last product, and nothing of size
+[T * k, 2F] is ever written. The backward pass recomputes the hidden activations from x. Against
+three separate passes (dispatch, grouped matmuls, combine) it took 0.68 of the time forward and
+0.78 forward and backward (T 4096, D 256, E 16, F 256, k 2, float32, 2-core AVX-512 machine).
+
+The combine weight multiplies the hidden activations instead of the output, which is the same sum:
+its gradient then needs no saved output.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import live_blocks as lb
+
+
+def forward(x, gate_up, down, weights, order, inverse, group_sizes) -> jax.Array:
+  """See `kernels_pallas.expert_ffn.api.expert_ffn`."""
+  tokens, slot_weights, block = _slots(weights, order, group_sizes)
+  width = down.shape[1]
+
+  def body(start, live, out, local):
+    gate_up_e, down_e = local
+    rows = x[lb.take_rows(tokens, start, block)]
+    hidden = lb.dot(rows, gate_up_e)
+    scale = lb.take_rows(slot_weights, start, block)[:, None]
+    act = jax.nn.silu(hidden[:, :width]) * hidden[:, width:] * scale
+    return lb.put_rows(out, lb.dot(act.astype(x.dtype), down_e), start), local
+
+  out = lb.for_each_block(
+    group_sizes,
+    block,
+    enter=lambda e: (gate_up[e], down[e]),
+    body=body,
+    leave=lambda e, out, local: out,
+    carry=jnp.zeros((order.shape[0] + block, x.shape[1]), x.dtype),
+  )
+  return _sum_slots(out, inverse, weights.shape).astype(x.dtype)
+
+
+def backward(x, gate_up, down, weights, order, inverse, group_sizes, grad):
+  """Gradients of x, gate_up, down and weights, given that of the output [T, D]."""
+  tokens, slot_weights, block = _slots(weights, order, group_sizes)
+  slots, width, dtype = order.shape[0], down.shape[1], x.dtype
+  float32 = jnp.float32
+
+  def enter(e):
+    # Transposed once per expert: products with the transposed matrix on the right are slower.
+    zeros = jnp.zeros(gate_up.shape[1:], float32), jnp.zeros(down.shape[1:], float32)
+    return gate_up[e], gate_up[e].T, down[e].T, *zeros
+
+  def body(start, live, carry, local):
+    dx, dweights, dgate_up, ddown = carry
+    gate_up_e, gate_up_t, down_t, dgate_up_e, ddown_e = local
+    token = lb.take_rows(tokens, start, block)
+    scale = lb.take_rows(slot_weights, start, block)[:, None]
+    rows = x[token]
+    # Only the group's own rows may reach the sums over rows below.
+    dout = jnp.where(live[:, None], grad[token], 0)
+
+    hidden = lb.dot(rows, gate_up_e)
+    gate, up = hidden[:, :width], hidden[:, width:]
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    act = silu * up
+    dact_scaled = lb.dot(dout, down_t)
+    dact = dact_scaled * scale
+    dgate = dact * up * (sigmoid + silu * (1 - sigmoid))
+    dhidden = jnp.concatenate([dgate, dact * silu], axis=1).astype(dtype)
+
+    ddown_e += lb.dot((act * scale).astype(dtype).T, dout)
+    dgate_up_e += lb.dot(rows.T, dhidden)
+    dx = lb.put_rows(dx, lb.dot(dhidden, gate_up_t), start)
+    dweights = lb.put_rows(dweights, (act * dact_scaled).sum(1), start)
+    carry = dx, dweights, dgate_up, ddown
+    return carry, (gate_up_e, gate_up_t, down_t, dgate_up_e, ddown_e)
+
+  def leave(e, carry, local):
+    dx, dweights, dgate_up, ddown = carry
+    dgate_up = dgate_up.at[e].set(local[3].astype(dgate_up.dtype))
+    return dx, dweights, dgate_up, ddown.at[e].set(local[4].astype(ddown.dtype))
+
+  carry = (
+    jnp.zeros((slots + block, x.shape[1]), dtype),
+    jnp.zeros(slots + block, float32),
+    jnp.zeros_like(gate_up),
+    jnp.zeros_like(down),
+  )
+  dx, dweights, dgate_up, ddown = lb.for_each_block(
+    group_sizes, block, enter=enter, body=body, leave=leave, carry=carry
+  )
+  dweights = dweights[inverse].reshape(weights.shape).astype(weights.dtype)
+  return _sum_slots(dx, inverse, weights.shape).astype(dtype), dgate_up, ddown, dweights
+
+
+def _slots(weights, order, group_sizes):
+  """Token and weight of every slot in expert order, padded by one block."""
+  block = lb.block_rows(order.shape[0], group_sizes.shape[0])
+  order = jnp.pad(order, (0, block))
+  return order // weights.shape[1], weights.reshape(-1).astype(jnp.float32)[order], block
+
+
+def _sum_slots(rows, inverse, shape):
+  """[T * k, D] in expert order -> the sum over each token's k slots in float32, [T, D]."""
+  return rows[inverse].reshape(*shape, -1).sum(1, dtype=jnp.float32)

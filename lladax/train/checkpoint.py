@@ -104,6 +104,10 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   @property
+  def all_steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  @property
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 

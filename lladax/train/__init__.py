@@ -1,0 +1,42 @@
+"""Training: optimizer, state, step, checkpoints, metrics and the loop."""
+
+from lladax.train.checkpoint import CheckpointError, Checkpoints, load_params
+from lladax.train.loop import NonFiniteError, Stopped, every, fit, stop_on_nonfinite
+from lladax.train.metrics import Metrics, read_records, write_run_record
+from lladax.train.optimizer import (
+  Constant,
+  CosineDecay,
+  LearningRate,
+  OptimizerConfig,
+  Wsd,
+  learning_rate,
+  make_optimizer,
+)
+from lladax.train.state import TrainState, abstract_state, init_state, state_shardings
+from lladax.train.step import make_train_step
+
+__all__ = [
+  "CheckpointError",
+  "Checkpoints",
+  "Constant",
+  "CosineDecay",
+  "LearningRate",
+  "Metrics",
+  "NonFiniteError",
+  "OptimizerConfig",
+  "Stopped",
+  "TrainState",
+  "Wsd",
+  "abstract_state",
+  "every",
+  "fit",
+  "init_state",
+  "learning_rate",
+  "load_params",
+  "make_optimizer",
+  "make_train_step",
+  "read_records",
+  "state_shardings",
+  "stop_on_nonfinite",
+  "write_run_record",
+]

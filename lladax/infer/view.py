@@ -76,7 +76,7 @@ def show_plain(result, decode, *, row, title, count, console) -> None:
   total = len(result.frames(row)) - 1
   numbers = pick(np.arange(total + 1), count).tolist()
   if title:
-    console.print(title, markup=False, highlight=False)
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
   for number, text in zip(numbers, frames(result, decode, row=row, count=count), strict=True):
     line = f"[{number}/{total}] {text}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,110 @@
+"""The viewer: one glyph per mask, given text intact, plain lines without a terminal."""
+
+import io
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lladax.infer.generate import GenerateResult
+from lladax.infer.view import MASK_GLYPH, frames, render, show, styled_frames
+
+MASK = 256
+
+
+def decode(ids) -> str:
+  return bytes(ids).decode("utf-8", errors="replace")
+
+
+def result_of(text: str, when: list[int]) -> GenerateResult:
+  """A finished canvas of bytes behind two columns of padding; `when` as in `revealed_at`."""
+  ids = list(text.encode())
+  assert len(ids) == len(when)
+  row = np.array([[0, 0, *ids]], np.int32)
+  return GenerateResult(
+    tokens=row,
+    is_text=np.array([[False, False] + [True] * len(ids)]),
+    revealed_at=np.array([[-1, -1, *when]], np.int32),
+    confidence=np.zeros(row.shape, np.float32),
+    nfe=np.array([max(when, default=-1) + 1]),
+    answers=[ids],
+    mask_id=MASK,
+  )
+
+
+text_and_order = st.text(
+  st.characters(exclude_characters=MASK_GLYPH, exclude_categories=["Cs", "Cc"]), max_size=12
+).flatmap(
+  lambda text: st.tuples(
+    st.just(text),
+    st.lists(st.integers(-1, 4), min_size=len(text.encode()), max_size=len(text.encode())),
+  )
+)
+
+
+@pytest.mark.quick
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(text_and_order)
+def test_one_glyph_per_mask_and_the_text_between_masks_intact(sample):
+  text, when = sample
+  result = result_of(text, when)
+  canvases, shown = result.frames(0), frames(result, decode)
+  assert len(shown) == len(canvases) == max(when, default=-1) + 2
+  for ids, line in zip(canvases.tolist(), shown, strict=True):
+    assert line.count(MASK_GLYPH) == ids.count(MASK)
+    stretches = [[]]
+    for token in ids:
+      stretches.append([]) if token == MASK else stretches[-1].append(token)
+    assert line.split(MASK_GLYPH) == [decode(stretch) for stretch in stretches]
+  assert shown[-1] == text
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(text_and_order)
+def test_styled_frames_say_the_same_as_plain_ones(sample):
+  result = result_of(*sample)
+  assert [text.plain for text in styled_frames(result, decode)] == frames(result, decode)
+
+
+def test_styles_tell_given_fresh_written_and_masked_apart():
+  result = result_of("abcd", [-1, 0, 1, 2])
+  first, second, third, last = styled_frames(result, decode)
+  assert first.plain == "a" + 3 * MASK_GLYPH
+  styles = {span.start: span.style for span in third.spans}
+  assert styles == {1: "cyan", 2: "bold green", 3: "dim"}
+  assert "dim" not in {span.style for span in last.spans}
+  assert second.plain == "ab" + 2 * MASK_GLYPH
+
+
+def test_a_character_whose_bytes_come_one_by_one_is_shown_whole_in_the_end():
+  result = result_of("né", [-1, 0, 1])
+  assert frames(result, decode)[-1] == "né"
+  assert list(styled_frames(result, decode))[-1].plain == "né"
+
+
+def test_plain_lines_where_there_is_no_terminal():
+  out = io.StringIO()
+  result = result_of("hello [bold]", list(range(12)))
+  show(result, decode, title="from nothing", plain_frames=3, console=Console(file=out, width=10))
+  lines = out.getvalue().splitlines()
+  assert lines == [
+    "from nothing",
+    "[0/12] " + 12 * MASK_GLYPH,
+    "[6/12] hello " + 6 * MASK_GLYPH,
+    "[12/12] hello [bold]",
+  ]
+
+
+def test_a_terminal_gets_an_animation_that_ends_with_the_text():
+  out = io.StringIO()
+  console = Console(file=out, force_terminal=True, width=40, color_system=None)
+  show(result_of("hello", [0, 1, 0, 1, 1]), decode, seconds=0.0, console=console)
+  assert "hello" in out.getvalue()
+  assert "5 masked" in out.getvalue() and "0 masked" in out.getvalue()
+
+
+def test_render_of_nothing():
+  assert render([], decode, mask_id=MASK) == ""
+  assert render([MASK] * 3, decode, mask_id=MASK) == 3 * MASK_GLYPH

@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # a batch is split over all of them
 
 # Logical axis -> mesh axes. A name that is not here is an error, not a silent replication.
 LOGICAL_AXIS_RULES = (
-  ("batch", ("data", "fsdp", "expert")),
+  ("batch", BATCH_AXES),
   ("length", None),
   ("layers", None),
   ("vocab", "tensor"),
@@ -123,3 +124,28 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
   if not nn.get_logical_axis_rules():
     return x
   return nn.with_logical_constraint(x, logical_axes)
+
+
+def over_batch_shards(f, sharded: tuple[bool, ...]):
+  """`f` on each device's rows: a `shard_map` over the batch axes of the mesh in use.
+
+  Args:
+    f: a function of arrays. Those marked in `sharded` are split along their first axis, the
+      others arrive whole; every output is split along its first axis.
+    sharded: one flag per argument.
+
+  Returns:
+    `f` itself where no mesh is in use, or where the rows do not divide among the devices.
+  """
+
+  def run(*args):
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows = next(arg.shape[0] for arg, split in zip(args, sharded) if split)
+    if devices == 1 or rows % devices:
+      return f(*args)
+    split = PartitionSpec(BATCH_AXES)
+    specs = tuple(split if s else PartitionSpec() for s in sharded)
+    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(*args)
+
+  return run

@@ -1,0 +1,180 @@
+"""The transformer: embedding, scanned layers, final norm, head. Position i predicts token i.
+
+No time embedding and no causal mask: LLaDA-MoE reads the noise level off the MASK tokens
+(arXiv 2509.24389). Predictions are made for every position at once.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.live_blocks import dot
+from lladax.models.attention import Attention, AttentionMask, full
+from lladax.models.config import ModelConfig, dtype_of
+from lladax.models.head import weighted_nll_on_mesh
+from lladax.models.layers import RMSNorm, SwiGLU
+from lladax.moe.layer import MoELayer
+from lladax.moe.router import RouterStats
+from lladax.sharding import constrain
+from lladax.types import Logits, PerToken, Positions, Scalar, Tokens
+
+REMAT = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Layer(nn.Module):
+  """x + attention(norm x), then x + ffn(norm x). Returns the layer's RouterStats where routed."""
+
+  config: ModelConfig
+  routed: bool
+
+  @nn.compact
+  def __call__(self, x: jax.Array, positions: Positions, mask: AttentionMask):
+    config = self.config
+    shared = {
+      "initializer_range": config.initializer_range,
+      "param_dtype": dtype_of(config.param_dtype),
+    }
+    norm = functools.partial(RMSNorm, config.rms_norm_eps)
+    y = norm(name="attention_norm")(x)
+    x = x + Attention(config, name="attention")(y, positions, mask)
+    x = constrain(x, "batch", "length", "activation")  # [B, L, D]
+    y = norm(name="ffn_norm")(x)
+    if self.routed:
+      routed, stats = MoELayer(config.moe, name="moe", **shared)(y, mask.valid())
+      width = config.moe.shared_expert_intermediate_size
+      if width is not None:
+        routed = routed + SwiGLU(width, name="shared_expert", **shared)(y)
+      x = x + routed
+    else:
+      x, stats = x + SwiGLU(config.intermediate_size, name="ffn", **shared)(y), None
+    return constrain(x, "batch", "length", "activation"), stats
+
+
+class Transformer(nn.Module):
+  """Tokens to logits, or to the weighted negative log-likelihood of targets.
+
+  Methods take noisy tokens int32[B, L]; `positions` default to 0 .. L-1 and `mask` to full
+  attention.
+  """
+
+  config: ModelConfig
+
+  def setup(self):
+    config = self.config
+    param_dtype = dtype_of(config.param_dtype)
+    init = nn.initializers.normal(config.initializer_range)
+    self.embed = nn.Embed(
+      config.vocab_size,
+      config.hidden_size,
+      param_dtype=param_dtype,
+      embedding_init=nn.with_logical_partitioning(init, ("vocab", "embed")),
+    )
+    if config.num_dense_layers:
+      self.dense_layers = self._stack(routed=False, length=config.num_dense_layers)
+    if config.num_routed_layers:
+      self.layers = self._stack(routed=True, length=config.num_routed_layers)
+    self.final_norm = RMSNorm(config.rms_norm_eps)
+    if not config.tie_word_embeddings:
+      self.lm_head = _Head(config)
+
+  def _stack(self, *, routed: bool, length: int):
+    layer = Layer
+    if self.config.remat != "none":
+      layer = nn.remat(layer, policy=REMAT[self.config.remat], prevent_cse=False)
+    return nn.scan(
+      layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=length,
+      unroll=min(self.config.scan_unroll, length),
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(self.config, routed)
+
+  def __call__(
+    self,
+    tokens: Tokens,
+    *,
+    positions: Positions | None = None,
+    mask: AttentionMask | None = None,
+  ) -> tuple[Logits, RouterStats | None]:
+    """float32 logits [B, L, V] and the routers' statistics, stacked over routed layers [n, ...]."""
+    hidden, stats = self.hidden(tokens, positions=positions, mask=mask)
+    return dot(hidden, self._head()), stats
+
+  def token_nll(
+    self,
+    tokens: Tokens,
+    targets: Tokens,
+    weights: PerToken,
+    *,
+    positions: Positions | None = None,
+    mask: AttentionMask | None = None,
+  ) -> tuple[Scalar, PerToken, RouterStats | None]:
+    """sum of weights * nll, the nll itself (0 where the weight is) and the routers' statistics.
+
+    The head is computed for weighted positions only; see `lladax.models.head`.
+    """
+    hidden, stats = self.hidden(tokens, positions=positions, mask=mask)
+    total, nll = weighted_nll_on_mesh(hidden, self._head(), targets, weights)
+    return total, nll, stats
+
+  def hidden(
+    self,
+    tokens: Tokens,
+    *,
+    positions: Positions | None = None,
+    mask: AttentionMask | None = None,
+  ) -> tuple[jax.Array, RouterStats | None]:
+    """Final hidden states [B, L, D], after the last norm."""
+    mask = full() if mask is None else mask
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    x = self.embed(tokens).astype(dtype_of(self.config.dtype))  # [B, L, D]
+    x = constrain(x, "batch", "length", "activation")
+    stats = None
+    if self.config.num_dense_layers:
+      x, _ = self.dense_layers(x, positions, mask)
+    if self.config.num_routed_layers:
+      x, stats = self.layers(x, positions, mask)
+    return self.final_norm(x), stats
+
+  def _head(self) -> jax.Array:
+    """[D, V] in the compute dtype."""
+    tied = self.config.tie_word_embeddings
+    kernel = self.embed.embedding.T if tied else self.lm_head()
+    return kernel.astype(dtype_of(self.config.dtype))
+
+
+class _Head(nn.Module):
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    config = self.config
+    init = nn.initializers.normal(config.initializer_range)
+    init = nn.with_logical_partitioning(init, ("embed", "vocab"))
+    shape = (config.hidden_size, config.vocab_size)
+    return self.param("kernel", init, shape, dtype_of(config.param_dtype))
+
+
+def init_variables(config: ModelConfig, key: jax.Array):
+  """Boxed Linen variables (each parameter carries its logical axis names)."""
+  return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))
+
+
+def init_params(config: ModelConfig, key: jax.Array):
+  """Fresh parameters as a plain tree: normal(0, initializer_range), ones for norms."""
+  return nn.meta.unbox(init_variables(config, key)["params"])
+
+
+def abstract_params(config: ModelConfig):
+  """Shapes and dtypes of the parameters, nothing allocated."""
+  return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))

@@ -1,0 +1,90 @@
+"""The mixture-of-experts layer: router, experts' weights, exchange, shared expert."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lladax.moe.expert_parallel import Exchange, Fsdp
+from lladax.moe.router import Router, RouterStats, TopKSoftmax, router_stats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+  """Experts of one layer.
+
+  Attributes:
+    num_experts: E.
+    num_experts_per_tok: k.
+    expert_intermediate_size: F, width of one expert.
+    shared_expert_intermediate_size: width of an expert that every token passes; None: there is
+      none (as in LLaDA-MoE-7B-A1B).
+    router: logits -> weights and experts.
+    exchange: how tokens and experts meet on a mesh.
+    implementation: of the experts' computation (`kernels_pallas.expert_ffn`); None chooses by
+      platform.
+
+  Raises:
+    ValueError: if k is not between 1 and E, or a width is not positive.
+  """
+
+  num_experts: int
+  num_experts_per_tok: int
+  expert_intermediate_size: int
+  shared_expert_intermediate_size: int | None = None
+  router: Router = TopKSoftmax()
+  exchange: Exchange = Fsdp()
+  implementation: str | None = None
+
+  def __post_init__(self):
+    if not 1 <= self.num_experts_per_tok <= self.num_experts:
+      raise ValueError(
+        f"num_experts_per_tok must lie between 1 and num_experts={self.num_experts}, "
+        f"got {self.num_experts_per_tok}"
+      )
+    for field in ("expert_intermediate_size", "shared_expert_intermediate_size"):
+      width = getattr(self, field)
+      if width is not None and width < 1:
+        raise ValueError(f"{field} must be positive, got {width}")
+
+
+class MoELayer(nn.Module):
+  """x [B, L, D] -> (y [B, L, D], RouterStats). Router in float32, nothing dropped.
+
+  Gate and up projections of an expert lie in one matrix [D, 2F], gate first.
+  """
+
+  config: MoEConfig
+  initializer_range: float = 0.02
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
+    config, width = self.config, x.shape[-1]
+    E, F = config.num_experts, config.expert_intermediate_size
+    router = self._param("router", (width, E), ("embed", "router"), jnp.float32)
+    gate_up = self._param("gate_up", (E, width, 2 * F), ("experts", "embed", "expert_mlp"))
+    down = self._param("down", (E, F, width), ("experts", "expert_mlp", "embed"))
+
+    rows = x.reshape(-1, width)  # [T, D]
+    logits = jnp.dot(rows.astype(jnp.float32), router)  # [T, E]
+    routing = config.router(logits, config.num_experts_per_tok)
+    y = config.exchange(
+      rows,
+      routing.weights,
+      routing.experts,
+      gate_up.astype(x.dtype),
+      down.astype(x.dtype),
+      implementation=config.implementation,
+    ).reshape(x.shape)
+    stats = router_stats(logits, routing, None if valid is None else valid.reshape(-1))
+    return y, stats
+
+  def _param(self, name, shape, axes, dtype=None):
+    init = nn.initializers.normal(self.initializer_range)
+    return self.param(
+      name, nn.with_logical_partitioning(init, axes), shape, dtype or self.param_dtype
+    )

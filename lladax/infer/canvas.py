@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from flax import struct
 
@@ -126,3 +127,8 @@ def place(tokens: np.ndarray, positions: np.ndarray) -> Canvas:
     positions=np.maximum(positions, 0).astype(np.int32),
     segment_ids=(positions >= 0).astype(np.int32),
   )
+
+
+def window(x: jax.Array, column: int | jax.Array, width: int) -> jax.Array:
+  """Columns [column, column + width) of [B, L, ...]; `column` may be traced."""
+  return jax.lax.dynamic_slice_in_dim(x, column, width, axis=1)

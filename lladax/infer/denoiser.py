@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lladax.infer.canvas import Canvas
+from lladax.infer.canvas import Canvas, window
 from lladax.types import BoolPerToken, Logits, Positions, SegmentIds, Tokens
 
 # (params, tokens, positions, segment_ids) -> logits float32[B, L, V]; position i predicts token i.
@@ -66,24 +66,30 @@ def guided_logits(
   params: object,
   canvas: Canvas,
   given: BoolPerToken,
+  column: int | jax.Array,
+  width: int,
   *,
   cfg_scale: float,
   mask_id: int,
-) -> Logits:
-  """Logits [B, L, V] of the canvas with classifier-free guidance and MASK removed.
+) -> jax.Array:
+  """Logits float32[B, W, V] of the window, with classifier-free guidance and MASK removed.
 
   Guidance is unsupervised (SMDM, arXiv 2410.18514): a second pass sees MASK in place of what was
   `given`, and logits = un + (cfg_scale + 1) (cond - un). Both passes are one call on 2B rows.
   MASK is removed last, since -inf minus -inf is not a number.
+
+  Args:
+    given: bool[B, L], tokens that the canvas started with.
+    column, width: the window, columns [column, column + width); `column` may be traced.
   """
   tokens, positions, segment_ids = canvas.tokens, canvas.positions, canvas.segment_ids
-  if cfg_scale == 0.0:
-    logits = denoise(params, tokens, positions, segment_ids).astype(jnp.float32)
-  else:
-    pair = jnp.concatenate([tokens, jnp.where(given, mask_id, tokens)])  # [2B, L]
-    twice = [jnp.concatenate([x, x]) for x in (positions, segment_ids)]
-    both = denoise(params, pair, *twice).astype(jnp.float32)  # [2B, L, V]
-    cond, un = jnp.split(both, 2)
+  if cfg_scale:
+    tokens = jnp.concatenate([tokens, jnp.where(given, mask_id, tokens)])  # [2B, L]
+    positions, segment_ids = (jnp.concatenate([x, x]) for x in (positions, segment_ids))
+  logits = window(denoise(params, tokens, positions, segment_ids), column, width)
+  logits = logits.astype(jnp.float32)
+  if cfg_scale:
+    cond, un = jnp.split(logits, 2)
     logits = un + (cfg_scale + 1.0) * (cond - un)
   return remove_ids(logits, (mask_id,))
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lladax.infer.canvas import Canvas
+from lladax.infer.canvas import Canvas, window
 from lladax.infer.denoiser import (
   DenoiseFn,
   EosPolicy,
@@ -142,16 +142,27 @@ def decode(
     iterations=jnp.zeros(shape[0], jnp.int32),
   )
 
-  def predict(tokens):
-    noisy = canvas.replace(tokens=tokens)
-    return guided_logits(denoise, params, noisy, given, cfg_scale=config.cfg_scale, mask_id=mask_id)
-
   def one_block(index, progress):
     column = blocks.first + index * blocks.width
     positions = window(canvas.positions, column, blocks.width)
-    draw = functools.partial(
-      propose, predict, positions=positions, column=column, config=config, eos_ids=eos_ids
-    )
+
+    def draw(tokens, draw_keys):
+      noisy = canvas.replace(tokens=tokens)
+      logits = guided_logits(
+        denoise,
+        params,
+        noisy,
+        given,
+        column,
+        blocks.width,
+        cfg_scale=config.cfg_scale,
+        mask_id=mask_id,
+      )
+      logits = config.eos.logits(logits, eos_ids)
+      drawn = draw_tokens(logits, draw_keys, positions, temperature=config.temperature)
+      confidence = token_probability(logits, drawn)
+      return drawn, config.eos.confidence(confidence, drawn, eos_ids)
+
     return denoise_block(
       draw,
       progress,
@@ -164,15 +175,6 @@ def decode(
     )
 
   return jax.lax.fori_loop(0, blocks.count, one_block, start)
-
-
-def propose(predict, tokens, keys, *, positions, column, config, eos_ids):
-  """A token and its confidence for every column of the window: int32[B, W], float32[B, W]."""
-  logits = window(predict(tokens), column, positions.shape[1])  # [B, W, V]
-  logits = config.eos.logits(logits, eos_ids)
-  drawn = draw_tokens(logits, keys, positions, temperature=config.temperature)
-  confidence = token_probability(logits, drawn)
-  return drawn, config.eos.confidence(confidence, drawn, eos_ids)
 
 
 def denoise_block(
@@ -231,10 +233,6 @@ def write(progress: Progress, column, commit, drawn, confidence, *, active) -> P
     confidence=put(progress.confidence, confidence),
     iterations=progress.iterations + active,
   )
-
-
-def window(x: jax.Array, column, width: int) -> jax.Array:
-  return jax.lax.dynamic_slice_in_dim(x, column, width, axis=1)
 
 
 def count_masked(masked: BoolPerToken) -> jax.Array:

@@ -162,14 +162,14 @@ def test_mask_is_never_written_even_if_the_network_prefers_it():
   assert np.isfinite(result.confidence).all()
 
 
-def test_guidance_of_zero_is_none_and_of_minus_one_would_be_unconditional():
+def test_guidance_mixes_with_a_pass_that_does_not_see_what_was_given():
   canvas = prompt_canvas([[1, 2, 3]], 4, mask_id=MASK, pad_id=PAD, multiple=1)
   given = canvas.tokens != MASK
   x = np.array([1, 2, 3, *[MASK] * 4])
   cond, un = numpy_denoise(x), numpy_denoise(np.where(x == MASK, x, MASK))
   for scale, expected in [(0.0, cond), (0.5, un + 1.5 * (cond - un))]:
-    logits = guided_logits(toy_denoise, PARAMS, canvas, given, cfg_scale=scale, mask_id=MASK)
-    np.testing.assert_allclose(logits[0, :, :MASK], expected[:, :MASK], rtol=1e-5, atol=1e-5)
+    logits = guided_logits(toy_denoise, PARAMS, canvas, given, 2, 4, cfg_scale=scale, mask_id=MASK)
+    np.testing.assert_allclose(logits[0, :, :MASK], expected[2:6, :MASK], rtol=1e-5, atol=1e-5)
     assert (logits[..., MASK] == -jnp.inf).all()
 
 

@@ -13,8 +13,10 @@ from lladax.models.config import (
   tiny,
 )
 from lladax.models.transformer import (
+  Denoiser,
   Transformer,
   abstract_params,
+  bind_token_nll,
   init_params,
   init_variables,
 )
@@ -22,10 +24,12 @@ from lladax.models.transformer import (
 __all__ = [
   "PROXIES",
   "AttentionMask",
+  "Denoiser",
   "ModelConfig",
   "ParameterCount",
   "Transformer",
   "abstract_params",
+  "bind_token_nll",
   "block_causal",
   "count_parameters",
   "full",

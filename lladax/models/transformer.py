@@ -6,6 +6,7 @@ No time embedding and no causal mask: LLaDA-MoE reads the noise level off the MA
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -13,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.live_blocks import dot
-from lladax.models.attention import Attention, AttentionMask, full
+from lladax.models.attention import Attention, AttentionMask, full, segments
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.head import weighted_nll_on_mesh
 from lladax.models.layers import RMSNorm, SwiGLU
 from lladax.moe.layer import MoELayer
 from lladax.moe.router import RouterStats
 from lladax.sharding import constrain
-from lladax.types import Logits, PerToken, Positions, Scalar, Tokens
+from lladax.types import Logits, PerToken, Positions, Scalar, TokenNll, Tokens
 
 REMAT = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -163,6 +164,39 @@ class _Head(nn.Module):
     init = nn.with_logical_partitioning(init, ("embed", "vocab"))
     shape = (config.hidden_size, config.vocab_size)
     return self.param("kernel", init, shape, dtype_of(config.param_dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """The network as a sampler calls it: (params, tokens, positions, segment_ids) -> logits.
+
+  Equal configs make equal denoisers, so that a jitted sampler compiles once for all of them.
+  """
+
+  config: ModelConfig
+
+  def __call__(self, params, tokens, positions, segment_ids) -> Logits:
+    logits, _ = Transformer(self.config).apply(
+      {"params": params}, tokens, positions=positions, mask=segments(segment_ids)
+    )
+    return logits
+
+
+def bind_token_nll(config: ModelConfig, params, positions, segment_ids) -> TokenNll:
+  """The network as an objective calls it, for rows of these positions and segments."""
+
+  def token_nll(tokens, targets, weights):
+    return Transformer(config).apply(
+      {"params": params},
+      tokens,
+      targets,
+      weights,
+      positions=positions,
+      mask=segments(segment_ids),
+      method="token_nll",
+    )
+
+  return token_nll
 
 
 def init_variables(config: ModelConfig, key: jax.Array):

@@ -1,0 +1,246 @@
+"""The facade for people: a config, parameters and a tokenizer, and what one does with them.
+
+Nothing is computed here: each method checks its input, turns text into ids and calls the pure
+functions of `lladax.models`, `lladax.diffusion` and `lladax.infer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lladax.data import Tokenizer, encode_with_masks, load_tokenizer
+from lladax.diffusion import log_likelihood_bound, repeat_rows
+from lladax.infer import GenerateResult, SamplerConfig
+from lladax.infer import generate as generate_ids
+from lladax.infer import infill as infill_ids
+from lladax.models import (
+  Denoiser,
+  ModelConfig,
+  Transformer,
+  abstract_params,
+  bind_token_nll,
+  init_params,
+)
+from lladax.train import load_params
+from lladax.types import Batch, Logits
+
+MASK_TEXT = "<|mask|>"
+TOKENIZER_FILES = "tokenizer"  # name of the tokenizer's files within a checkpoint
+
+
+@dataclasses.dataclass(eq=False)
+class Model:
+  """A model ready for use.
+
+  Attributes:
+    config: the architecture.
+    params: the parameters, a tree of arrays.
+    tokenizer: text to ids; None for a model that is used with ids only.
+    sampler: how `generate` and `infill` decode unless told otherwise.
+  """
+
+  config: ModelConfig
+  params: object
+  tokenizer: Tokenizer | None = None
+  sampler: SamplerConfig = SamplerConfig()
+
+  def logits(self, tokens) -> Logits:
+    """float32 logits [B, L, V] of ids [B, L] (or one row [L], then [L, V]).
+
+    Raises:
+      ValueError: for ids outside the vocabulary or rows longer than the context.
+    """
+    tokens = np.asarray(tokens)
+    rows = tokens[None] if tokens.ndim == 1 else tokens
+    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
+      raise ValueError(f"expected integer ids [B, L] or [L], got {tokens.dtype}{tokens.shape}")
+    self._check_ids(rows)
+    logits = _logits(self.config, self.params, jnp.asarray(rows, jnp.int32))
+    return logits[0] if tokens.ndim == 1 else logits
+
+  def generate(
+    self,
+    prompts: str | Sequence[str],
+    *,
+    sampler: SamplerConfig | None = None,
+    seed: int | Sequence[int] = 0,
+  ) -> str | list[str]:
+    """Continues prompts, each as it would be continued alone with its own seed.
+
+    Args:
+      prompts: a text, or several; "" starts from an empty canvas.
+      sampler: how to decode; default `self.sampler`.
+      seed: row r of a number s uses s + r; or one seed per prompt. Only read if something is drawn.
+
+    Returns:
+      What was written after each prompt, up to the end of text: a string for a string, else a list.
+
+    Raises:
+      ValueError: for a prompt with a MASK in it, or one that leaves no room in the context.
+    """
+    rows = [prompts] if isinstance(prompts, str) else list(prompts)
+    answers = self.generate_tokens(rows, sampler=sampler, seed=seed).answers
+    texts = [self._tokenizer.decode(answer) for answer in answers]
+    return texts[0] if isinstance(prompts, str) else texts
+
+  def generate_tokens(
+    self,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    sampler: SamplerConfig | None = None,
+    seed: int | Sequence[int] = 0,
+  ) -> GenerateResult:
+    """`generate` for texts or ids, with everything that happened: see `GenerateResult`."""
+    for prompt in prompts:
+      if isinstance(prompt, str) and MASK_TEXT in prompt:
+        raise ValueError(f"the prompt {prompt[:60]!r} contains {MASK_TEXT}; use infill for that")
+    rows = [self._tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    return self._decode(generate_ids, rows, sampler, seed)
+
+  def infill(
+    self, text: str, *, sampler: SamplerConfig | None = None, seed: int | Sequence[int] = 0
+  ) -> str:
+    """The text with each "<|mask|>" in it replaced by one token; the rest stays as it is.
+
+    Raises:
+      ValueError: if there is nothing to fill, or the text is longer than the context.
+    """
+    result = self.infill_tokens([text], sampler=sampler, seed=seed)
+    return self._tokenizer.decode(result.answers[0])
+
+  def infill_tokens(
+    self,
+    texts: Sequence[str | Sequence[int]],
+    *,
+    sampler: SamplerConfig | None = None,
+    seed: int | Sequence[int] = 0,
+  ) -> GenerateResult:
+    """`infill` for texts, or ids with the mask id, with everything that happened."""
+    rows = [
+      encode_with_masks(self._tokenizer, text, MASK_TEXT) if isinstance(text, str) else list(text)
+      for text in texts
+    ]
+    return self._decode(infill_ids, rows, sampler, seed)
+
+  def log_likelihood(
+    self,
+    prompt: str | Sequence[int],
+    answer: str | Sequence[int],
+    *,
+    mc_num: int = 128,
+    seed: int = 0,
+  ) -> float:
+    """A lower bound on log p(answer | prompt) in nats, by Monte Carlo over masks.
+
+    Args:
+      prompt, answer: texts or ids; the prompt may be empty.
+      mc_num: samples of the mask. 1 is exact for a single token; LLaDA uses 128.
+      seed: with it and the text, the estimate is fixed.
+
+    Raises:
+      ValueError: for an empty answer or one that does not fit the context with its prompt.
+    """
+    prompt, answer = (
+      self._tokenizer.encode(text) if isinstance(text, str) else list(text)
+      for text in (prompt, answer)
+    )
+    if not answer:
+      raise ValueError("the answer is empty: there is nothing to score")
+    ids = np.asarray(prompt + answer)
+    self._check_ids(ids[None])
+    if self.config.mask_token_id in ids:
+      raise ValueError(f"prompt or answer contains the mask id {self.config.mask_token_id}")
+    batch = _scoring_batch(ids, len(prompt), self.config.pad_token_id)
+    return float(_log_likelihood(self.config, self.params, batch, seed, mc_num=mc_num)[0])
+
+  @property
+  def _tokenizer(self) -> Tokenizer:
+    if self.tokenizer is None:
+      raise ValueError("this model has no tokenizer: pass ids, or give Model a tokenizer")
+    return self.tokenizer
+
+  def _check_ids(self, rows: np.ndarray):
+    vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
+    if rows.size and not (rows.min() >= 0 and rows.max() < vocabulary):
+      raise ValueError(f"ids lie in 0..{vocabulary - 1}; got {rows.min()}..{rows.max()}")
+    if rows.shape[1] > context:
+      raise ValueError(f"{rows.shape[1]} tokens do not fit the context of {context}")
+
+  def _decode(self, decode, rows, sampler, seed) -> GenerateResult:
+    for row in rows:
+      self._check_ids(np.asarray(row, np.int64)[None])
+    return decode(
+      Denoiser(self.config),
+      self.params,
+      rows,
+      sampler or self.sampler,
+      mask_id=self.config.mask_token_id,
+      eos_id=self.config.eos_token_id,
+      pad_id=self.config.pad_token_id,
+      seeds=seed,
+      max_length=self.config.max_position_embeddings,
+    )
+
+
+def init(config: ModelConfig, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> Model:
+  """A model with fresh parameters."""
+  params = jax.jit(functools.partial(init_params, config))(jax.random.key(seed))
+  return Model(config=config, params=params, tokenizer=tokenizer)
+
+
+def load(path: str | os.PathLike) -> Model:
+  """The model of a workdir (its newest whole checkpoint), or of one checkpoint in it.
+
+  Raises:
+    lladax.train.CheckpointError: if there is none, or none is whole.
+  """
+  loaded = load_params(path, lambda config: _on_this_device(abstract_params(config.model)))
+  return Model(
+    config=loaded.config.model,
+    params=loaded.params,
+    tokenizer=load_tokenizer(loaded.files(TOKENIZER_FILES)),
+    sampler=loaded.config.sampler,
+  )
+
+
+def _on_this_device(abstract):
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+
+
+def _scoring_batch(ids: np.ndarray, prompt_length: int, pad_id: int, multiple: int = 32) -> Batch:
+  """One row, padded on the right to a multiple so that few lengths are compiled."""
+  length = -(-len(ids) // multiple) * multiple
+  real = np.arange(length) < len(ids)
+  return Batch(
+    tokens=np.pad(ids.astype(np.int32), (0, length - len(ids)), constant_values=pad_id)[None],
+    segment_ids=real.astype(np.int32)[None],
+    positions=np.arange(length, dtype=np.int32)[None],
+    maskable=(real & (np.arange(length) >= prompt_length))[None],
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, tokens):
+  return Transformer(config).apply({"params": params}, tokens)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="mc_num")
+def _log_likelihood(config, params, batch, seed, *, mc_num):
+  mc_batch = next(size for size in (16, 8, 4, 2, 1) if mc_num % size == 0)
+  rows = repeat_rows(batch, mc_batch)
+  return log_likelihood_bound(
+    bind_token_nll(config, params, rows.positions, rows.segment_ids),
+    batch,
+    seed=seed,
+    mask_id=config.mask_token_id,
+    mc_num=mc_num,
+    mc_batch=mc_batch,
+  )

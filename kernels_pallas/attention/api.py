@@ -37,11 +37,15 @@ def attention(
   Raises:
     ValueError: for shapes that do not fit or an unknown implementation.
   """
-  if key.shape != value.shape or query.shape[2] % key.shape[2] or query.ndim != 4:
+  fits = query.ndim == key.ndim == 4 and key.shape == value.shape
+  fits = fits and (*query.shape[:2], query.shape[3]) == (*key.shape[:2], key.shape[3])
+  if not fits or query.shape[2] % key.shape[2]:
     raise ValueError(
       "expected query [B, L, N, H] and key, value [B, L, K, H] with K dividing N, got "
       f"{query.shape}, {key.shape} and {value.shape}"
     )
+  if segment_ids is not None and segment_ids.shape != query.shape[:2]:
+    raise ValueError(f"expected segment_ids {query.shape[:2]}, got {segment_ids.shape}")
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
   args = (query, key, value) if segment_ids is None else (query, key, value, segment_ids)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.attention.reference import allowed
+from kernels_pallas.cpu import transposed
 
 SCORES_PER_BLOCK = 1 << 19  # float32 scores that fit a core's cache twice
 
@@ -24,7 +25,7 @@ def forward(query, key, value, segment_ids=None, block_length=None):
   def rows(args):
     query, key, value, *ids = args
     q, k, v = _heads_first(query, key, value)
-    scores = _scores(q, k, *ids, block_length)
+    scores = _scores(q, k, *ids, block_length=block_length)
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     norm = weights.sum(-1, keepdims=True)
@@ -43,13 +44,13 @@ def backward(query, key, value, out, log_norm, grad, segment_ids=None, block_len
     out, grad = jnp.swapaxes(out, 1, 2), jnp.swapaxes(grad, 1, 2)
     delta = (out.astype(jnp.float32) * grad).sum(-1)  # [b, N, L]
     # [b, N, keys, queries] from here on.
-    weights = jnp.exp(_scores(k, q, *ids, block_length, transposed=True) - log_norm[:, :, None])
+    scores = _scores(k, q, *ids, block_length=block_length, transposed=True)
+    weights = jnp.exp(scores - log_norm[:, :, None])
     dvalue = _batched(weights.astype(grad.dtype), grad)
-    dweights = _batched(v, jnp.swapaxes(grad, -1, -2))
+    dweights = _batched(v, _right_transposed(grad))
     dscores = (weights * (dweights - delta[:, :, None])).astype(query.dtype)
     dkey = _batched(dscores, q)
-    dscores = lax.optimization_barrier(jnp.swapaxes(dscores, -1, -2))
-    dquery = _batched(dscores, k) * query.shape[-1] ** -0.5
+    dquery = _batched(transposed(dscores), k) * query.shape[-1] ** -0.5
     dkey, dvalue = (_sum_groups(g, key.shape[2]) for g in (dkey, dvalue))
     grads = (dquery, query.dtype), (dkey, key.dtype), (dvalue, value.dtype)
     return tuple(jnp.swapaxes(g, 1, 2).astype(dtype) for g, dtype in grads)
@@ -65,13 +66,18 @@ def _heads_first(query, key, value):
   return tuple(jnp.swapaxes(x, 1, 2) for x in (query, key, value))
 
 
-def _scores(rows, columns, ids=None, block_length=None, *, transposed=False):
-  scores = _batched(rows, jnp.swapaxes(columns, -1, -2))
+def _scores(rows, columns, ids=None, *, block_length, transposed=False):
+  scores = _batched(rows, _right_transposed(columns))
   mask = allowed(scores.shape[-1], ids, block_length)
   if mask is None:
     return scores
   mask = jnp.swapaxes(mask, -1, -2) if transposed else mask
   return jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _right_transposed(x):
+  """A right factor: only bfloat16 gains from moving the numbers."""
+  return transposed(x) if x.dtype == jnp.bfloat16 else jnp.swapaxes(x, -1, -2)
 
 
 def _batched(a, b):

@@ -13,7 +13,7 @@ B, L, N, H = 6, 12, 4, 8
 def operands(kv_heads=N, dtype=jnp.float32):
   keys = jax.random.split(jax.random.key(0), 4)
   heads = (N, kv_heads, kv_heads, N)
-  return [jax.random.normal(key, (B, L, n, H), dtype) for key, n in zip(keys, heads)]
+  return [jax.random.normal(key, (B, L, n, H), dtype) for key, n in zip(keys, heads, strict=True)]
 
 
 def packed_rows():
@@ -126,7 +126,8 @@ def test_bfloat16_stays_near_float64(implementation):
 
 def test_a_cpu_is_given_the_row_blocks():
   args = *operands(), packed_rows(), None
-  for a, b in zip(value_and_gradients(None, *args), value_and_gradients("row_blocks", *args)):
+  chosen = value_and_gradients(None, *args)
+  for a, b in zip(chosen, value_and_gradients("row_blocks", *args), strict=True):
     np.testing.assert_array_equal(a, b)
 
 

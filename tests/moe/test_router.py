@@ -1,0 +1,138 @@
+"""Laws of the softmax router and of the statistics, against NumPy in float64."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lladax.moe import TopKSoftmax, router_stats
+
+T, E, K = 12, 6, 2
+
+
+def random_logits(seed=0, scale=2.0):
+  return jnp.float32(scale * np.random.default_rng(seed).normal(size=(T, E)))
+
+
+@jax.jit
+def route(logits, valid=None):
+  routing = TopKSoftmax()(logits, K)
+  return routing, router_stats(logits, routing, valid)
+
+
+def softmax(logits):
+  exps = np.exp(np.asarray(logits, np.float64) - np.max(logits, axis=1, keepdims=True))
+  return exps / exps.sum(1, keepdims=True)
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.1, 2.0, 20.0]))
+def test_weights_are_the_largest_softmax_values_not_renormalised(seed, scale):
+  logits = random_logits(seed, scale)
+  routing, p = route(logits)[0], softmax(logits)
+  np.testing.assert_allclose(routing.probabilities, p, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(routing.weights, -np.sort(-p, axis=1)[:, :K], rtol=1e-5, atol=1e-7)
+  chosen = np.take_along_axis(p, np.asarray(routing.experts), axis=1)
+  np.testing.assert_allclose(routing.weights, chosen, rtol=1e-5, atol=1e-7)
+  if scale <= 2:
+    assert (np.asarray(routing.weights).sum(1) < 0.999).all()
+
+
+def test_renormalising_and_scaling():
+  plain = TopKSoftmax()(random_logits(), K)
+  normed = TopKSoftmax(norm_topk_prob=True)(random_logits(), K)
+  np.testing.assert_allclose(normed.weights.sum(1), 1, rtol=1e-6)
+  ratio = normed.weights / plain.weights
+  np.testing.assert_allclose(ratio[:, 0], ratio[:, 1], rtol=1e-6)  # proportions stay
+  for router, base in [
+    (TopKSoftmax(routed_scaling_factor=2.5), plain),
+    (TopKSoftmax(norm_topk_prob=True, routed_scaling_factor=2.5), normed),
+  ]:
+    routing = router(random_logits(), K)
+    np.testing.assert_allclose(routing.weights, 2.5 * base.weights, rtol=1e-6)
+    np.testing.assert_array_equal(routing.experts, base.experts)
+
+
+def test_the_softmax_is_in_float32():
+  low = random_logits().astype(jnp.bfloat16)
+  routing = TopKSoftmax()(low, K)
+  assert routing.weights.dtype == jnp.float32
+  np.testing.assert_allclose(routing.probabilities, softmax(low.astype(jnp.float32)), rtol=1e-5)
+
+
+def test_stats_equal_numpy():
+  logits = random_logits()
+  stats, p = route(logits)[1], softmax(logits)
+  load = np.bincount(np.argsort(-p, axis=1)[:, :K].ravel(), minlength=E) / (T * K)
+  np.testing.assert_allclose(stats.load, load, rtol=1e-6)
+  np.testing.assert_allclose(stats.probability, p.mean(0), rtol=1e-5)
+  np.testing.assert_allclose(stats.entropy, -(p * np.log(p)).sum(1).mean(), rtol=1e-5)
+  np.testing.assert_allclose(stats.balance_loss, E * (load * p.mean(0)).sum(), rtol=1e-5)
+  z = np.log(np.exp(np.asarray(logits, np.float64)).sum(1))
+  np.testing.assert_allclose(stats.z_loss, (z**2).mean(), rtol=1e-5)
+  assert stats.dropped == 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_balanced_is_one(k):
+  # Token t prefers experts t .. t + k - 1, round and round.
+  preferred = (np.arange(T)[:, None] + np.arange(k)) % E
+  logits = np.zeros((T, E), np.float32)
+  np.put_along_axis(logits, preferred, np.float32(3 - 0.1 * np.arange(k)), axis=1)
+  stats = router_stats(jnp.asarray(logits), TopKSoftmax()(jnp.asarray(logits), k))
+  np.testing.assert_allclose(stats.load, 1 / E, rtol=1e-6)
+  np.testing.assert_allclose(stats.balance_loss, 1, rtol=1e-5)
+
+
+def test_collapse_is_the_number_of_experts():
+  logits = jnp.zeros((T, E)).at[:, 4].set(100.0)
+  stats = router_stats(logits, TopKSoftmax()(logits, 1))
+  np.testing.assert_allclose(stats.load, np.eye(E)[4], rtol=1e-6)
+  np.testing.assert_allclose(stats.balance_loss, E, rtol=1e-6)
+  assert stats.entropy == 0  # p log p at p = 0 is 0 and not NaN
+  gradient = jax.grad(lambda x: router_stats(x, TopKSoftmax()(x, 1)).entropy)(logits)
+  assert np.isfinite(gradient).all()
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(seed=st.integers(0, 2**31), real=st.sampled_from([1, 5, T]))
+def test_padding_is_left_out(seed, real):
+  logits, rng = random_logits(seed), np.random.default_rng(seed)
+  valid = np.isin(np.arange(T), rng.permutation(T)[:real])
+  poisoned = jnp.where(valid[:, None], logits, jnp.float32(7.0))
+  got = route(poisoned, valid=jnp.asarray(valid))[1]
+  want = route(logits[valid])[1]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+  np.testing.assert_allclose(got.load.sum(), 1, rtol=1e-6)
+  np.testing.assert_allclose(got.probability.sum(), 1, rtol=1e-6)
+
+
+def test_nothing_but_padding():
+  logits = random_logits()
+  stats = route(logits, valid=jnp.zeros(T, bool))[1]
+  for leaf in jax.tree.leaves(stats):
+    np.testing.assert_array_equal(leaf, 0)
+
+
+def test_permuting_experts_permutes_the_stats():
+  logits, permutation = random_logits(), np.random.default_rng(1).permutation(E)
+  plain, moved = route(logits)[1], route(logits[:, permutation])[1]
+  for name in ("load", "probability"):
+    np.testing.assert_allclose(
+      getattr(moved, name), getattr(plain, name)[permutation], rtol=1e-6, atol=1e-7
+    )
+  for name in ("entropy", "balance_loss", "z_loss"):
+    np.testing.assert_allclose(getattr(moved, name), getattr(plain, name), rtol=1e-6)
+
+
+def test_the_balance_loss_acts_through_probability_alone():
+  logits = random_logits()
+  load = np.asarray(route(logits)[1].load)
+  got = np.asarray(jax.grad(lambda x: route(x)[1].balance_loss)(logits))
+  # d/dlogits of E / T * sum_te load_e p_te with the load held still.
+  p = softmax(logits)
+  want = E / T * p * (load - (p * load).sum(1, keepdims=True))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
+  assert np.abs(got).max() > 1e-3

@@ -127,6 +127,9 @@ class Model:
       encode_with_masks(self._tokenizer, text, MASK_TEXT) if isinstance(text, str) else list(text)
       for text in texts
     ]
+    for row, text in zip(rows, texts, strict=True):
+      if self.config.mask_token_id not in row:
+        raise ValueError(f"nothing to fill: there is no {MASK_TEXT} in {text[:60]!r}")
     return self._decode(infill_ids, rows, sampler, seed)
 
   def log_likelihood(

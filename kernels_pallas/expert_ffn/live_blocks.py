@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import live_blocks as lb
+from kernels_pallas import cpu
 
 
 def forward(x, gate_up, down, weights, order, inverse, group_sizes) -> jax.Array:
@@ -24,13 +24,13 @@ def forward(x, gate_up, down, weights, order, inverse, group_sizes) -> jax.Array
 
   def body(start, live, out, local):
     gate_up_e, down_e = local
-    rows = x[lb.take_rows(tokens, start, block)]
-    hidden = lb.dot(rows, gate_up_e)
-    scale = lb.take_rows(slot_weights, start, block)[:, None]
+    rows = x[cpu.take_rows(tokens, start, block)]
+    hidden = cpu.dot(rows, gate_up_e)
+    scale = cpu.take_rows(slot_weights, start, block)[:, None]
     act = jax.nn.silu(hidden[:, :width]) * hidden[:, width:] * scale
-    return lb.put_rows(out, lb.dot(act.astype(x.dtype), down_e), start), local
+    return cpu.put_rows(out, cpu.dot(act.astype(x.dtype), down_e), start), local
 
-  out = lb.for_each_block(
+  out = cpu.for_each_block(
     group_sizes,
     block,
     enter=lambda e: (gate_up[e], down[e]),
@@ -50,31 +50,31 @@ def backward(x, gate_up, down, weights, order, inverse, group_sizes, grad):
   def enter(e):
     # Transposed once per expert: products with the transposed matrix on the right are slower.
     zeros = jnp.zeros(gate_up.shape[1:], float32), jnp.zeros(down.shape[1:], float32)
-    return gate_up[e], gate_up[e].T, down[e].T, *zeros
+    return gate_up[e], cpu.transposed(gate_up[e]), cpu.transposed(down[e]), *zeros
 
   def body(start, live, carry, local):
     dx, dweights, dgate_up, ddown = carry
     gate_up_e, gate_up_t, down_t, dgate_up_e, ddown_e = local
-    token = lb.take_rows(tokens, start, block)
-    scale = lb.take_rows(slot_weights, start, block)[:, None]
+    token = cpu.take_rows(tokens, start, block)
+    scale = cpu.take_rows(slot_weights, start, block)[:, None]
     rows = x[token]
     # Only the group's own rows may reach the sums over rows below.
     dout = jnp.where(live[:, None], grad[token], 0)
 
-    hidden = lb.dot(rows, gate_up_e)
+    hidden = cpu.dot(rows, gate_up_e)
     gate, up = hidden[:, :width], hidden[:, width:]
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     act = silu * up
-    dact_scaled = lb.dot(dout, down_t)
+    dact_scaled = cpu.dot(dout, down_t)
     dact = dact_scaled * scale
     dgate = dact * up * (sigmoid + silu * (1 - sigmoid))
     dhidden = jnp.concatenate([dgate, dact * silu], axis=1).astype(dtype)
 
-    ddown_e += lb.dot((act * scale).astype(dtype).T, dout)
-    dgate_up_e += lb.dot(rows.T, dhidden)
-    dx = lb.put_rows(dx, lb.dot(dhidden, gate_up_t), start)
-    dweights = lb.put_rows(dweights, (act * dact_scaled).sum(1), start)
+    ddown_e += cpu.dot(cpu.transposed((act * scale).astype(dtype)), dout)
+    dgate_up_e += cpu.dot(cpu.transposed(rows), dhidden)
+    dx = cpu.put_rows(dx, cpu.dot(dhidden, gate_up_t), start)
+    dweights = cpu.put_rows(dweights, (act * dact_scaled).sum(1), start)
     carry = dx, dweights, dgate_up, ddown
     return carry, (gate_up_e, gate_up_t, down_t, dgate_up_e, ddown_e)
 
@@ -89,7 +89,7 @@ def backward(x, gate_up, down, weights, order, inverse, group_sizes, grad):
     jnp.zeros_like(gate_up),
     jnp.zeros_like(down),
   )
-  dx, dweights, dgate_up, ddown = lb.for_each_block(
+  dx, dweights, dgate_up, ddown = cpu.for_each_block(
     group_sizes, block, enter=enter, body=body, leave=leave, carry=carry
   )
   dweights = dweights[inverse].reshape(weights.shape).astype(weights.dtype)
@@ -98,7 +98,7 @@ def backward(x, gate_up, down, weights, order, inverse, group_sizes, grad):
 
 def _slots(weights, order, group_sizes):
   """Token and weight of every slot in expert order, padded by one block."""
-  block = lb.block_rows(order.shape[0], group_sizes.shape[0])
+  block = cpu.block_rows(order.shape[0], group_sizes.shape[0])
   order = jnp.pad(order, (0, block))
   return order // weights.shape[1], weights.reshape(-1).astype(jnp.float32)[order], block
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import live_blocks as lb
+from kernels_pallas import cpu
 
 
 def forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
   """[T, D] x [E, D, F] -> [T, F], zero in rows that belong to no group."""
   rows, groups = lhs.shape[0], rhs.shape[0]
-  block = lb.block_rows(rows, groups)
+  block = cpu.block_rows(rows, groups)
   padded = jnp.pad(lhs, ((0, block), (0, 0)))
 
   def body(start, live, out, weight):
-    product = lb.dot(lb.take_rows(padded, start, block), weight)
-    return lb.put_rows(out, jnp.where(live[:, None], product, 0), start), weight
+    product = cpu.dot(cpu.take_rows(padded, start, block), weight)
+    return cpu.put_rows(out, jnp.where(live[:, None], product, 0), start), weight
 
-  out = lb.for_each_block(
+  out = cpu.for_each_block(
     group_sizes,
     block,
     enter=lambda group: rhs[group],
@@ -36,17 +36,17 @@ def gradient_lhs(grad: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax
 def gradient_rhs(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype) -> jax.Array:
   """[T, D], [T, F] -> [E, D, F], accumulated in float32."""
   rows, groups = lhs.shape[0], group_sizes.shape[0]
-  block = lb.block_rows(rows, groups)
+  block = cpu.block_rows(rows, groups)
   lhs, grad = (jnp.pad(x, ((0, block), (0, 0))) for x in (lhs, grad))
   shape = (lhs.shape[1], grad.shape[1])
 
   def body(start, live, out, total):
     # Both factors are cut: a poisoned row beyond the group must not leak through 0 * inf.
-    a = jnp.where(live[:, None], lb.take_rows(lhs, start, block), 0)
-    b = jnp.where(live[:, None], lb.take_rows(grad, start, block), 0)
-    return out, total + lb.dot(a.T, b)
+    a = jnp.where(live[:, None], cpu.take_rows(lhs, start, block), 0)
+    b = jnp.where(live[:, None], cpu.take_rows(grad, start, block), 0)
+    return out, total + cpu.dot(cpu.transposed(a), b)
 
-  return lb.for_each_block(
+  return cpu.for_each_block(
     group_sizes,
     block,
     enter=lambda group: jnp.zeros(shape, jnp.float32),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.live_blocks import dot, put_rows, take_rows
+from kernels_pallas.cpu import dot, put_rows, take_rows, transposed
 from lladax.sharding import over_batch_shards
 
 BLOCK_ROWS = 256
@@ -59,7 +59,7 @@ def _visit(hidden, kernel, targets, weights, *, with_gradient):
   order = jnp.argsort(~counted, stable=True)
   order = jnp.pad(order, (0, block), constant_values=rows)  # out of range: read as the last row
   blocks = (counted.sum() + block - 1) // block
-  kernel_t = kernel.T if with_gradient else None
+  kernel_t = _transposed(kernel) if with_gradient else None
   gradients = (
     (jnp.zeros((rows + block, width), hidden.dtype), jnp.zeros(kernel.shape, jnp.float32))
     if with_gradient
@@ -89,7 +89,7 @@ def _visit(hidden, kernel, targets, weights, *, with_gradient):
       )
       dhidden, dkernel = gradients
       dhidden = put_rows(dhidden, dot(dlogits, kernel_t), start)
-      gradients = (dhidden, dkernel + dot(row.T, dlogits))
+      gradients = (dhidden, dkernel + dot(_transposed(row), dlogits))
     return total, nll, gradients
 
   carry = jnp.zeros(()), jnp.zeros(rows + block), gradients
@@ -99,6 +99,10 @@ def _visit(hidden, kernel, targets, weights, *, with_gradient):
     dhidden, dkernel = gradients
     gradients = (dhidden[inverse], dkernel.astype(kernel.dtype))
   return total, nll[inverse], gradients
+
+
+def _transposed(x):
+  return lax.platform_dependent(x, cpu=transposed, default=jnp.transpose)
 
 
 def weighted_nll_on_mesh(hidden, kernel, targets, weights) -> tuple[jax.Array, jax.Array]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from kernels_pallas.linear import linear
 
 
 class RMSNorm(nn.Module):
@@ -76,7 +80,9 @@ class Projection(nn.Module):
     contracted = x.shape[x.ndim - self.inputs :]
     init = nn.with_logical_partitioning(nn.initializers.normal(self.initializer_range), self.axes)
     kernel = self.param("kernel", init, contracted + self.features, self.param_dtype)
-    y = jnp.tensordot(x, kernel.astype(x.dtype), axes=self.inputs)
+    flat = kernel.astype(x.dtype).reshape(math.prod(contracted), -1)  # [D, F]
+    y = linear(x.reshape(*x.shape[: x.ndim - self.inputs], -1), flat)
+    y = y.reshape(*y.shape[:-1], *self.features)
     if self.use_bias:
       init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.inputs :])
       y = y + self.param("bias", init, self.features, self.param_dtype).astype(x.dtype)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.live_blocks import dot
+from kernels_pallas.cpu import dot
 from lladax.models.attention import Attention, AttentionMask, full, segments
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.head import weighted_nll_on_mesh

@@ -1,4 +1,4 @@
-"""Loops over the live row blocks of sorted groups: how a CPU multiplies ragged groups fast.
+"""What makes XLA fast on a CPU: loops over live row blocks, and products in the layouts it likes.
 
 Rows sorted by group are cut into blocks of a static size, each group starting a block of its own.
 The number of blocks is dynamic (only live ones run), their shape is static, so every product is
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def block_rows(rows: int, groups: int) -> int:
@@ -77,3 +78,13 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
   machine, jax 0.10.2).
   """
   return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+  """The last two axes swapped, and the numbers really moved.
+
+  XLA:CPU would rather hand the product a transposed view, which halves its speed where the left
+  factor is transposed, or any factor in bfloat16 (300 against 120 GFLOP/s for a weight gradient
+  [256, 4096] x [4096, 256], same machine). Only for code that is lowered for a CPU.
+  """
+  return with_layout_constraint(jnp.swapaxes(x, -1, -2), Layout(tuple(range(x.ndim))))

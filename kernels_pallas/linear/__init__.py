@@ -1,0 +1,5 @@
+"""Linear maps."""
+
+from kernels_pallas.linear.api import linear
+
+__all__ = ["linear"]

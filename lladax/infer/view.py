@@ -64,10 +64,11 @@ def show(
     show_plain(result, decode, row=row, title=title, count=plain_frames, console=console)
     return
   screens = list(styled_frames(result, decode, row=row))
+  masked = np.sum(result.frames(row) == result.mask_id, axis=1)
   with Live(console=console, auto_refresh=False) as live:
     for index, text in enumerate(screens):
-      left = int(np.sum(result.frames(row)[index] == result.mask_id))
-      live.update(Panel(text, title=title or None, subtitle=f"{left} masked"), refresh=True)
+      panel = Panel(text, title=title or None, subtitle=f"{masked[index]} masked")
+      live.update(panel, refresh=True)
       if index + 1 < len(screens):
         time.sleep(seconds / len(screens))
 

@@ -77,13 +77,23 @@ class ModelConfig:
   def __post_init__(self):
     for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
       self._expect(getattr(self, field) >= 1, field, "at least 1")
-    for field in ("max_position_embeddings", "scan_unroll", "kv_heads", "head_size"):
+    for field in ("max_position_embeddings", "scan_unroll"):
       self._expect(getattr(self, field) >= 1, field, "at least 1")
-    divides = self.num_attention_heads % self.kv_heads == 0
-    self._expect(divides, "num_key_value_heads", f"a divisor of {self.num_attention_heads} heads")
-    self._expect(self.head_size % 2 == 0, "head_size", "even, for rotary")
+    heads = self.num_attention_heads
+    divides = self.kv_heads >= 1 and heads % self.kv_heads == 0
+    self._expect(divides, "num_key_value_heads", f"a divisor of num_attention_heads={heads}")
+    if self.head_dim is None:
+      divides = self.hidden_size % (2 * heads) == 0
+      self._expect(
+        divides, "hidden_size", f"a multiple of 2 x {heads} heads where head_dim is None"
+      )
+    else:
+      even = self.head_dim >= 2 and self.head_dim % 2 == 0
+      self._expect(even, "head_dim", "positive and even, for rotary")
     self._expect(0 < self.partial_rotary_factor <= 1, "partial_rotary_factor", "in (0, 1]")
-    self._expect(self.rotary_size % 2 == 0, "rotary_size", "even: half of it is rotated")
+    even = self.rotary_size >= 2 and self.rotary_size % 2 == 0
+    self._expect(even, "partial_rotary_factor",
+                 f"a positive even share of head_dim={self.head_size}")  # fmt: skip
     self._expect(0 <= self.first_k_dense <= self.num_hidden_layers, "first_k_dense", "0 to n")
     has_dense = self.moe is None or self.first_k_dense > 0
     self._expect(not has_dense or (self.intermediate_size or 0) >= 1, "intermediate_size",

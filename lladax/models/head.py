@@ -30,7 +30,7 @@ def weighted_nll(
     hidden: [T, D].
     kernel: [D, V].
     targets: int32[T].
-    weights: float32[T]. Rows of weight 0 are not computed.
+    weights: float32[T]. Rows of weight 0 are not computed, and their targets may be any number.
 
   Returns:
     float32[] and float32[T], the latter 0 where the weight is 0.
@@ -79,9 +79,10 @@ def _visit(hidden, kernel, targets, weights, *, with_gradient):
     exps = jnp.exp(logits - peak)
     norm = exps.sum(-1, keepdims=True)
     picked = jnp.take_along_axis(logits, target[:, None], axis=-1)
-    loss = (jnp.log(norm) + peak - picked)[:, 0]
+    # The last block ends in rows without a weight, whose targets may be no ids at all.
+    loss = jnp.where(weight != 0, (jnp.log(norm) + peak - picked)[:, 0], 0)
     total = total + jnp.vdot(weight, loss)
-    nll = put_rows(nll, jnp.where(weight != 0, loss, 0), start)
+    nll = put_rows(nll, loss, start)
     if with_gradient:
       hot = jnp.arange(logits.shape[-1]) == target[:, None]
       dlogits = (exps * (weight[:, None] / norm) - jnp.where(hot, weight[:, None], 0)).astype(

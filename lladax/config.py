@@ -311,7 +311,9 @@ def _help_lines(config, prefix: str) -> Iterator[str]:
   docs = _field_docs(type(config))
   for name, hint in _hints(type(config)).items():
     value = getattr(config, name)
-    shown = type(value).__name__ if _is_config(value) else repr(value)
+    shown = (
+      f"{type(value).__name__}(...)" if _is_config(value) and _hints(type(value)) else repr(value)
+    )
     doc = f"  # {docs[name]}" if name in docs else ""
     yield f"  {prefix}{name}: {_type_name(hint)} = {shown}{doc}"
     if _is_config(value):

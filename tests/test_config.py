@@ -225,7 +225,7 @@ def test_help_lists_every_field_with_type_value_and_comment():
   assert "  steps: int = 10  # optimizer steps" in lines
   assert "  inner.width: int = 8  # how wide the thing is." in lines
   assert "  inner.window: tuple[int, int] = (0, 10)  # the lowest and the highest step." in lines
-  assert "  inner.rule: Rule, one of Chain, Threshold = Threshold" in lines
+  assert "  inner.rule: Rule, one of Chain, Threshold = Threshold(...)" in lines
   assert "  inner.rule.value: float = 0.9" in lines
   assert "  maybe: Inner or None = None" in lines
 

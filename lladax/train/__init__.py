@@ -1,7 +1,8 @@
 """Training: optimizer, state, step, checkpoints, metrics and the loop."""
 
 from lladax.train.checkpoint import CheckpointError, Checkpoints, load_params
-from lladax.train.loop import NonFiniteError, Stopped, every, fit, stop_on_nonfinite
+from lladax.train.heldout import heldout_bound
+from lladax.train.loop import NonFiniteError, Stopped, every, fit, place, stop_on_nonfinite
 from lladax.train.metrics import Metrics, read_records, write_run_record
 from lladax.train.optimizer import (
   Constant,
@@ -30,11 +31,13 @@ __all__ = [
   "abstract_state",
   "every",
   "fit",
+  "heldout_bound",
   "init_state",
   "learning_rate",
   "load_params",
   "make_optimizer",
   "make_train_step",
+  "place",
   "read_records",
   "state_shardings",
   "stop_on_nonfinite",

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from lladax.sharding import batch_sharding
 from lladax.train.checkpoint import Checkpoints
 from lladax.train.state import TrainState
-from lladax.types import Sums
+from lladax.types import Batch, Sums
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Sums]]
 # (step, metrics on the host, seconds the step took or None)
@@ -105,6 +107,14 @@ def fit(
         signals.leave(step)
     metrics.flush()
   return state
+
+
+def place(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+  """This process's rows as its part of the global batch on the mesh."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
+  )
 
 
 def stop_on_nonfinite(limit: int, checkpoints: Checkpoints | None = None) -> Reader:

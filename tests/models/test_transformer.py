@@ -1,0 +1,246 @@
+"""Laws of the whole network: who sees whom, what may change nothing, and where gradients go."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lladax.models import (
+  AttentionMask,
+  Transformer,
+  block_causal,
+  init_params,
+  padding,
+  segments,
+  tiny,
+)
+from lladax.moe import MoEConfig
+
+V, L = 24, 12
+MOE = MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=6)
+CONFIG = tiny(
+  vocab_size=V,
+  hidden_size=16,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  moe=MOE,
+  initializer_range=0.3,  # so that everything has an effect that can be seen
+)
+
+
+@functools.cache
+def params_of(config):
+  return jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, params, tokens, positions=None, mask=None):
+  return Transformer(config).apply({"params": params}, tokens, positions=positions, mask=mask)
+
+
+def logits_and_stats(config, tokens, positions=None, mask=None):
+  return forward(config, params_of(config), tokens, positions, mask)
+
+
+def logits(*args):
+  return np.asarray(logits_and_stats(CONFIG, *args)[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradients(config, params, tokens, targets, weights):
+  """((total, (nll, stats)), gradients), the routers' losses included."""
+
+  def loss(params):
+    total, nll, stats = Transformer(config).apply(
+      {"params": params}, tokens, targets, weights, method="token_nll"
+    )
+    routers = 0 if stats is None else stats.balance_loss.mean() + stats.z_loss.mean()
+    return total + routers, (nll, stats)
+
+  return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def random_tokens(seed=0, shape=(2, L)):
+  return np.random.default_rng(seed).integers(2, V, size=shape).astype(np.int32)
+
+
+def training_args(config=CONFIG):
+  rng = np.random.default_rng(1)
+  weights = rng.uniform(0.5, 2, size=(2, L)) * (rng.random((2, L)) < 0.6)
+  return params_of(config), random_tokens(2), random_tokens(3), np.float32(weights)
+
+
+def packed():
+  """Two rows of documents A | B | padding, as tokens, positions and segment ids."""
+  ids = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 3 + [2] * 9], np.int32)
+  positions = np.array([[*range(5), *range(4), 0, 0, 0], [*range(3), *range(9)]], np.int32)
+  return random_tokens(), positions, ids
+
+
+def test_packing_leaks_nothing():
+  tokens, positions, ids = packed()
+  before = logits(tokens, positions, segments(ids))
+  for document in (0, 1, 2):
+    other = np.where(ids == document, random_tokens(9), tokens)
+    after = logits(other, positions, segments(ids))
+    np.testing.assert_array_equal(after[ids != document], before[ids != document])
+    if (ids == document).any():
+      assert np.abs(after - before)[ids == document].max() > 0.1
+
+
+def test_packed_documents_equal_each_alone():
+  tokens, positions, ids = packed()
+  together = logits(tokens, positions, segments(ids))
+  for row, document in [(0, 1), (0, 2), (1, 1), (1, 2)]:
+    own = ids[row] == document
+    alone = np.zeros((2, L), np.int32)
+    alone[0, : own.sum()] = tokens[row, own]
+    valid = np.zeros((2, L), np.int32)
+    valid[0, : own.sum()] = 1
+    got = logits(alone, POSITIONS, segments(valid))
+    np.testing.assert_allclose(got[0, : own.sum()], together[row, own], rtol=1e-5, atol=1e-5)
+
+
+POSITIONS = np.tile(np.arange(L, dtype=np.int32), (2, 1))
+
+
+def test_everybody_sees_everybody_unless_told_otherwise():
+  tokens = random_tokens()
+  want = logits(tokens)
+  for mask in (segments(np.ones((2, L), np.int32)), padding(np.ones((2, L), bool))):
+    np.testing.assert_allclose(logits(tokens, POSITIONS, mask), want, rtol=1e-5, atol=1e-5)
+  tokens[0, -1] = (tokens[0, -1] + 1) % V
+  moved = np.abs(logits(tokens) - want).max(-1)
+  assert (moved[0] > 1e-3).all() and (moved[1] == 0).all()  # the future too, no other row
+
+
+def test_tokens_have_no_order_but_their_positions():
+  tokens, positions, ids = packed()
+  permutation = np.random.default_rng(5).permutation(L)
+  want = logits(tokens, positions, segments(ids))[:, permutation]
+  moved = (x[:, permutation] for x in (tokens, positions))
+  got = logits(*moved, segments(ids[:, permutation]))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+  still = logits(tokens[:, permutation], positions, segments(ids[:, permutation]))
+  assert np.abs(still - want).max() > 0.1  # positions do matter
+
+
+@pytest.mark.parametrize("ids", [None, packed()[2]], ids=["one", "packed"])
+def test_later_blocks_do_not_reach_earlier_ones(ids):
+  tokens, mask = random_tokens(), block_causal(4, ids)
+  before = logits(tokens, None, mask)
+  changed = tokens.copy()
+  changed[:, 4:8] = random_tokens(9)[:, 4:8]
+  after = logits(changed, None, mask)
+  np.testing.assert_array_equal(after[:, :4], before[:, :4])
+  moved = np.abs(after - before).max(-1)
+  assert (moved[:, 4:8] > 1e-3).all()  # within the block in both directions
+  assert (moved[1, 8:] > 1e-3).all()  # and what follows in the same document
+
+
+@pytest.mark.parametrize("block_length", [0, -4])
+def test_block_length_is_positive(block_length):
+  with pytest.raises(ValueError, match=f"block_length.*got {block_length}"):
+    block_causal(block_length)
+
+
+def test_router_statistics_leave_padding_out():
+  tokens, positions, ids = packed()
+  valid = ids > 0
+  mask = AttentionMask(segment_ids=ids)
+  before = logits_and_stats(CONFIG, tokens, positions, mask)[1]
+  after = logits_and_stats(CONFIG, np.where(valid, tokens, 5), positions, mask)[1]
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+  assert before.load.shape == before.probability.shape == (2, 4)
+  assert before.entropy.shape == before.balance_loss.shape == before.z_loss.shape == (2,)
+  np.testing.assert_allclose(before.load.sum(-1), 1, rtol=1e-6)
+
+
+def test_token_nll_equals_the_log_softmax():
+  args = training_args()
+  (total, (nll, stats)), _ = loss_and_gradients(CONFIG, *args)
+  _, tokens, targets, weights = args
+  out, want_stats = logits_and_stats(CONFIG, tokens)
+  log_p = np.asarray(jax.nn.log_softmax(out))
+  want = -np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(nll, np.where(weights != 0, want, 0), rtol=1e-5, atol=1e-5)
+  routers = want_stats.balance_loss.mean() + want_stats.z_loss.mean()
+  np.testing.assert_allclose(total, (weights * want).sum() + routers, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(want_stats), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "changes", [dict(remat="full", scan_unroll=7), dict(remat="dots")], ids=str
+)
+def test_what_is_recomputed_changes_no_number(changes):
+  want = loss_and_gradients(CONFIG, *training_args())
+  got = loss_and_gradients(dataclasses.replace(CONFIG, **changes), *training_args())
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+VARIANTS = {
+  "llada_moe": {},
+  "dense_tied_with_bias": dict(
+    moe=None, intermediate_size=10, tie_word_embeddings=True, attention_bias=True, qk_norm=False
+  ),
+  "first_dense_shared_grouped_partial": dict(
+    moe=dataclasses.replace(MOE, shared_expert_intermediate_size=5, num_experts_per_tok=4),
+    first_k_dense=1,
+    intermediate_size=10,
+    num_key_value_heads=1,
+    partial_rotary_factor=0.5,
+    num_hidden_layers=3,
+  ),
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_parameter_has_a_gradient(changes):
+  config = dataclasses.replace(CONFIG, **changes)
+  (total, (_, stats)), gradients = loss_and_gradients(config, *training_args(config))
+  assert np.isfinite(total)
+  assert (stats is None) == (config.moe is None)
+  if stats is not None:
+    assert stats.load.shape == (config.num_routed_layers, config.moe.num_experts)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    assert np.isfinite(leaf).all(), name
+    layers = leaf if "layers" in name else leaf[None]
+    for layer in layers:
+      assert np.abs(layer).max() > 1e-4, name
+
+
+def test_bfloat16_keeps_router_norms_and_logits_in_float32():
+  config = dataclasses.replace(CONFIG, dtype="bfloat16")
+  tokens = random_tokens()
+  out, stats = logits_and_stats(config, tokens)
+  assert out.dtype == jnp.float32
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(stats)} == {"float32"}
+  assert len(np.unique(np.asarray(out).view(np.uint32) & 0xFFFF)) > 100  # not rounded bfloat16
+  want = logits(tokens)
+  # Rounding may send a token to another expert; all but those stay near.
+  close = np.abs(np.asarray(out) - want).max(-1) < 0.1 * np.abs(want).max()
+  assert close.mean() > 0.7
+
+  def primitives(jaxpr):
+    for equation in jaxpr.eqns:
+      yield equation
+      for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns"):
+          yield from primitives(inner)
+
+  traced = jax.make_jaxpr(forward, static_argnums=0)(config, params_of(config), tokens)
+  operands = {
+    name: {
+      str(e.invars[0].aval.dtype) for e in primitives(traced.jaxpr) if e.primitive.name == name
+    }
+    for name in ("rsqrt", "top_k", "exp", "dot_general")
+  }
+  assert operands["rsqrt"] == operands["top_k"] == operands["exp"] == {"float32"}
+  assert operands["dot_general"] == {"bfloat16", "float32"}  # float32: the router alone

@@ -35,8 +35,9 @@ def start(workdir, *arguments):
 
 
 def wait_for_step(process, workdir, step):
-  deadline = time.monotonic() + 120
-  while not any(record["step"] >= step for record in read_records(workdir)):
+  """Until this process, not one before it, has taken the step."""
+  deadline, begin = time.monotonic() + 120, time.time()
+  while not any(r["step"] >= step and r["time"] > begin for r in read_records(workdir)):
     assert process.poll() is None, process.communicate()
     assert time.monotonic() < deadline
     time.sleep(0.002)

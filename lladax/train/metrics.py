@@ -190,7 +190,10 @@ def _as_json(value):
 
 
 def _scalars(values: dict[str, Any]):
-  """(name, number): of an array up to 16 entries each, of a larger one its extremes and mean."""
+  """(name, number): of an array up to 16 entries each, of a larger one its extremes and mean.
+
+  Entries of an array that were not counted (NaN) are left out: TensorBoard would warn of each.
+  """
   for name, value in values.items():
     if isinstance(value, str):
       continue
@@ -198,7 +201,8 @@ def _scalars(values: dict[str, Any]):
     if array.ndim == 0:
       yield name, float(array)
     elif array.size <= 16:
-      yield from ((f"{name}/{i}", float(entry)) for i, entry in enumerate(array.flat))
+      entries = enumerate(array.flat)
+      yield from ((f"{name}/{i}", float(entry)) for i, entry in entries if not np.isnan(entry))
     else:
       for word, reduce in (("min", np.nanmin), ("mean", np.nanmean), ("max", np.nanmax)):
         yield f"{name}/{word}", float(reduce(array))

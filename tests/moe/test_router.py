@@ -36,8 +36,8 @@ def test_weights_are_the_largest_softmax_values_not_renormalised(seed, scale):
   np.testing.assert_allclose(routing.weights, -np.sort(-p, axis=1)[:, :K], rtol=1e-5, atol=1e-7)
   chosen = np.take_along_axis(p, np.asarray(routing.experts), axis=1)
   np.testing.assert_allclose(routing.weights, chosen, rtol=1e-5, atol=1e-7)
-  if scale <= 2:
-    assert (np.asarray(routing.weights).sum(1) < 0.999).all()
+  if scale < 1:  # nearly even: two of six hold about a third
+    assert (np.asarray(routing.weights).sum(1) < 0.6).all()
 
 
 def test_renormalising_and_scaling():

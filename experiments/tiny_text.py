@@ -132,10 +132,11 @@ def print_load(console: Console, records: list[dict]):
     console.print("(a dense model has no experts)")
     return
   for layer, load in enumerate(np.asarray(loads[-1])):
-    load = np.sort(load)[::-1] * load.size  # 1 is an equal share
-    bars = "".join(BARS[min(len(BARS) - 1, round(4 * share))] for share in load)
+    shares = np.sort(load)[::-1] * load.size  # 1 is an equal share
+    bars = "".join(BARS[min(len(BARS) - 1, round(4 * share))] for share in shares)
+    most, least = shares[0], shares[-1]
     console.print(
-      f"layer {layer}  {bars}  heaviest {load[0]:.2f}, lightest {load[-1]:.2f} times an equal share",
+      f"layer {layer}  {bars}  heaviest {most:.2f}, lightest {least:.2f} times an equal share",
       highlight=False,
     )
 

@@ -1,7 +1,7 @@
 """Write text with a trained model: continue prompts, or fill the masks in a text.
 
 python -m lladax.generate --model=runs/tiny_text --prompt="ROMEO."
-python -m lladax.generate --model=runs/tiny_text --infill="To be, or <|mask|><|mask|> to be"
+python -m lladax.generate --model=runs/tiny_text --infill="To be, or<|mask|><|mask|> to be"
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
-"""Eight fake CPU devices for every test, set before JAX is imported."""
+"""Eight fake CPU devices for every test, and little optimisation; set before JAX is imported."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
-  os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+  flags += " --xla_force_host_platform_device_count=8"
+if "xla_backend_optimization_level" not in flags:
+  # Most of a test's time is compilation.
+  flags += " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = flags.strip()

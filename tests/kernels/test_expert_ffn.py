@@ -50,7 +50,7 @@ def test_values_and_gradients_equal_the_dense_reference(implementation, shape):
     lambda: run(lambda *a: expert_ffn(*a, *sorted_slots, implementation=implementation))
   )()
   want = run(lambda *a: reference(*a, experts))
-  for a, b in zip(got, want):
+  for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max() + 1e-6))
 
 

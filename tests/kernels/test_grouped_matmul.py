@@ -32,7 +32,9 @@ def test_values_and_gradients_equal_the_reference(implementation, sizes):
     out, vjp = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, implementation=name), lhs, rhs)
     return out, *vjp(grad)
 
-  for got, want in zip(jax.jit(run, static_argnums=0)(implementation), run("reference")):
+  for got, want in zip(
+    jax.jit(run, static_argnums=0)(implementation), run("reference"), strict=True
+  ):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -47,7 +49,7 @@ def test_rows_beyond_the_groups_may_hold_anything(implementation):
     )
     return out, *vjp(grad)
 
-  for got, want in zip(run(*poisoned), run(lhs, grad)):
+  for got, want in zip(run(*poisoned), run(lhs, grad), strict=True):
     np.testing.assert_array_equal(got, want)
 
 
@@ -59,7 +61,7 @@ def test_many_blocks_and_ragged_tails():
     out, vjp = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes, implementation=name), lhs, rhs)
     return out, *vjp(grad)
 
-  for got, want in zip(run("live_blocks"), run("reference")):
+  for got, want in zip(run("live_blocks"), run("reference"), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

@@ -19,7 +19,7 @@ def test_values_and_gradients_equal_those_of_dot(shape):
     out, vjp = jax.vjp(f, x, kernel)
     return out, *vjp(grad)
 
-  for got, want in zip(jax.jit(lambda: run(linear))(), run(jnp.dot)):
+  for got, want in zip(jax.jit(lambda: run(linear))(), run(jnp.dot), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 

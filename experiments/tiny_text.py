@@ -131,8 +131,8 @@ def print_load(console: Console, records: list[dict]):
   if not loads:
     console.print("(a dense model has no experts)")
     return
-  for layer, load in enumerate(np.asarray(loads[-1])):
-    shares = np.sort(load)[::-1] * load.size  # 1 is an equal share
+  for layer, row in enumerate(np.asarray(loads[-1])):
+    shares = np.sort(row)[::-1] * row.size  # 1 is an equal share
     bars = "".join(BARS[min(len(BARS) - 1, round(4 * share))] for share in shares)
     most, least = shares[0], shares[-1]
     console.print(

@@ -141,7 +141,7 @@ def over_batch_shards(f, sharded: tuple[bool, ...]):
   def run(*args):
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    rows = next(arg.shape[0] for arg, split in zip(args, sharded) if split)
+    rows = next(arg.shape[0] for arg, split in zip(args, sharded, strict=True) if split)
     if devices == 1 or rows % devices:
       return f(*args)
     split = PartitionSpec(BATCH_AXES)

@@ -1,0 +1,107 @@
+"""The facade: what it returns agrees with the pure functions, and bad input ends in plain words."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lladax
+from lladax.data import Bytes
+from lladax.infer import SamplerConfig
+from lladax.models import tiny
+from lladax.moe import MoEConfig
+
+SAMPLER = SamplerConfig(gen_length=8, steps=4, block_length=4, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+  text = Bytes()
+  config = tiny(
+    vocab_size=text.vocab_size,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    moe=MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=8),
+    max_position_embeddings=64,
+    # Far from uniform, so that answers differ.
+    initializer_range=0.3,
+    mask_token_id=text.mask_id,
+    eos_token_id=text.eos_id,
+    pad_token_id=text.pad_id,
+  )
+  model = lladax.init(config, seed=1, tokenizer=text)
+  model.sampler = SAMPLER
+  return model
+
+
+def test_init_is_a_function_of_the_seed(model):
+  again = lladax.init(model.config, seed=1)
+  other = lladax.init(model.config, seed=2)
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), model.params, again.params)
+  assert all(jax.tree.leaves(same))
+  assert not (model.params["embed"]["embedding"] == other.params["embed"]["embedding"]).all()
+
+
+def test_a_row_of_ids_is_a_batch_of_one(model):
+  ids = model.tokenizer.encode("to be")
+  logits = model.logits(ids)
+  assert logits.shape == (5, model.config.vocab_size) and logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits, model.logits([ids])[0], rtol=1e-6)
+
+
+def test_a_batched_answer_is_the_answer_alone(model):
+  prompts = ["a", "to be, or not", ""]
+  together = model.generate_tokens(prompts, seed=5).answers
+  alone = [model.generate_tokens([p], seed=5 + row).answers[0] for row, p in enumerate(prompts)]
+  assert together == alone
+  assert model.generate("a", seed=5) == model.tokenizer.decode(alone[0])
+
+
+def test_infill_changes_the_masks_only(model):
+  text = "ab<|mask|><|mask|>c<|mask|>"
+  row = model.infill_tokens([text], seed=3).row(0)
+  assert len(row) == 6 and model.config.mask_token_id not in row
+  assert model.tokenizer.decode([row[0], row[1], row[4]]) == "abc"
+
+
+def test_the_likelihood_of_one_token_is_its_log_probability(model):
+  prompt = model.tokenizer.encode("to b")
+  answer = model.tokenizer.encode("e")
+  logits = model.logits([*prompt, model.config.mask_token_id])[-1]
+  exact = jax.nn.log_softmax(logits)[answer[0]]
+  assert math.isclose(model.log_likelihood("to b", "e", mc_num=1), exact, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (lambda m: m.generate("or <|mask|>"), r"contains <\|mask\|>; use infill"),
+    (lambda m: m.generate_tokens([[m.config.mask_token_id]]), "mask"),
+    (lambda m: m.generate("x" * 60), "64"),
+    (lambda m: m.generate("x" * 65), "65 tokens do not fit the context of 64"),
+    (lambda m: m.infill("nothing here"), "nothing to fill"),
+    (lambda m: m.log_likelihood("x", ""), "the answer is empty"),
+    (lambda m: m.log_likelihood([], [m.config.mask_token_id]), "contains the mask id 257"),
+    (lambda m: m.logits([258]), r"ids lie in 0\.\.257; got 258"),
+    (lambda m: m.logits([0.5]), "integer ids"),
+    (lambda m: lladax.Model(m.config, m.params).generate("x"), "no tokenizer"),
+  ],
+)
+def test_bad_input_ends_in_plain_words(model, call, message):
+  with pytest.raises(ValueError, match=message):
+    call(model)
+
+
+def test_nothing_to_load(tmp_path):
+  with pytest.raises(ValueError, match="does not exist"):
+    lladax.load(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="no checkpoint"):
+    lladax.load(tmp_path)
+
+
+def test_an_unknown_name_lists_those_there_are():
+  with pytest.raises(AttributeError, match="Model, init, load"):
+    lladax.train_everything  # noqa: B018

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 import lladax
 from lladax.config import ConfigError, fields_help, override
@@ -34,6 +34,8 @@ flags.DEFINE_multi_string(
 def main(_):
   if bool(FLAGS.prompt) == bool(FLAGS.infill):
     raise app.UsageError("give either --prompt (once or more) or --infill")
+  if not FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of every file it reads
   try:
     run()
   except (ConfigError, ValueError) as error:

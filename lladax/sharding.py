@@ -105,10 +105,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return named_sharding(mesh, "batch")
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, PartitionSpec())
-
-
 def param_shardings(mesh: Mesh, abstract_variables):
   """Shardings for a tree of Linen variables that carry logical axis names.
 

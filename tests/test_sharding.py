@@ -16,7 +16,6 @@ from lladax.sharding import (
   named_sharding,
   over_batch_shards,
   param_shardings,
-  replicated,
   use_mesh,
 )
 
@@ -81,7 +80,7 @@ def test_constrain_is_the_identity_without_a_mesh_and_splits_the_batch_with_one(
   with use_mesh(make_mesh(MeshConfig(fsdp=2))) as mesh:
     y = jax.jit(lambda x: constrain(x, "batch", "activation"))(x)
     assert y.sharding.is_equivalent_to(batch_sharding(mesh), y.ndim)
-    assert not y.sharding.is_equivalent_to(replicated(mesh), y.ndim)
+    assert not y.sharding.is_fully_replicated
   np.testing.assert_array_equal(y, x)
 
 

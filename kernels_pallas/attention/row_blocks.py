@@ -44,7 +44,7 @@ def backward(query, key, value, out, log_norm, grad, segment_ids=None, block_len
     out, grad = jnp.swapaxes(out, 1, 2), jnp.swapaxes(grad, 1, 2)
     delta = (out.astype(jnp.float32) * grad).sum(-1)  # [b, N, L]
     # [b, N, keys, queries] from here on.
-    scores = _scores(k, q, *ids, block_length=block_length, transposed=True)
+    scores = _scores(k, q, *ids, block_length=block_length, keys_first=True)
     weights = jnp.exp(scores - log_norm[:, :, None])
     dvalue = _batched(weights.astype(grad.dtype), grad)
     dweights = _batched(v, _right_transposed(grad))
@@ -66,12 +66,12 @@ def _heads_first(query, key, value):
   return tuple(jnp.swapaxes(x, 1, 2) for x in (query, key, value))
 
 
-def _scores(rows, columns, ids=None, *, block_length, transposed=False):
+def _scores(rows, columns, ids=None, *, block_length, keys_first=False):
   scores = _batched(rows, _right_transposed(columns))
   mask = allowed(scores.shape[-1], ids, block_length)
   if mask is None:
     return scores
-  mask = jnp.swapaxes(mask, -1, -2) if transposed else mask
+  mask = jnp.swapaxes(mask, -1, -2) if keys_first else mask
   return jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
 
 

@@ -9,9 +9,9 @@ from flax import struct
 
 from kernels_pallas.attention import attention
 from lladax.models.config import ModelConfig, dtype_of
-from lladax.models.layers import Projection, RMSNorm, rotary_tables, rotate
+from lladax.models.layers import Projection, RMSNorm, rotate
 from lladax.sharding import over_batch_shards
-from lladax.types import BoolPerToken, Positions, SegmentIds
+from lladax.types import BoolPerToken, SegmentIds
 
 
 @struct.dataclass
@@ -74,12 +74,15 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
 
 
 class Attention(nn.Module):
-  """Multi-head attention with per-head QK-norm before rotary, as LLaDA-MoE has it."""
+  """Multi-head attention with per-head QK-norm before rotary, as LLaDA-MoE has it.
+
+  `rotary`: cos and sin of `rotary_tables`.
+  """
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, positions: Positions, mask: AttentionMask) -> jax.Array:
+  def __call__(self, x: jax.Array, rotary: tuple, mask: AttentionMask) -> jax.Array:
     config = self.config
     N, K, H = config.num_attention_heads, config.kv_heads, config.head_size
     shared = {
@@ -97,7 +100,6 @@ class Attention(nn.Module):
     if config.qk_norm:
       query = RMSNorm(config.rms_norm_eps, name="query_norm")(query)
       key = RMSNorm(config.rms_norm_eps, name="key_norm")(key)
-    cos, sin = rotary_tables(positions, config.rotary_size, config.rope_theta, x.dtype)
-    out = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, mask)
+    out = attend(rotate(query, *rotary), rotate(key, *rotary), value, mask)
     axes = ("heads", "head_dim", "embed")
     return Projection((x.shape[-1],), axes, inputs=2, name="out", **shared)(out)

@@ -17,7 +17,7 @@ from kernels_pallas.cpu import dot
 from lladax.models.attention import Attention, AttentionMask, full, segments
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.head import weighted_nll_on_mesh
-from lladax.models.layers import RMSNorm, SwiGLU
+from lladax.models.layers import RMSNorm, SwiGLU, rotary_tables
 from lladax.moe.layer import MoELayer
 from lladax.moe.router import RouterStats
 from lladax.sharding import constrain
@@ -36,7 +36,7 @@ class Layer(nn.Module):
   routed: bool
 
   @nn.compact
-  def __call__(self, x: jax.Array, positions: Positions, mask: AttentionMask):
+  def __call__(self, x: jax.Array, rotary: tuple, mask: AttentionMask):
     config = self.config
     shared = {
       "initializer_range": config.initializer_range,
@@ -44,7 +44,7 @@ class Layer(nn.Module):
     }
     norm = functools.partial(RMSNorm, config.rms_norm_eps)
     y = norm(name="attention_norm")(x)
-    x = x + Attention(config, name="attention")(y, positions, mask)
+    x = x + Attention(config, name="attention")(y, rotary, mask)
     x = constrain(x, "batch", "length", "activation")  # [B, L, D]
     y = norm(name="ffn_norm")(x)
     if self.routed:
@@ -140,11 +140,14 @@ class Transformer(nn.Module):
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = self.embed(tokens).astype(dtype_of(self.config.dtype))  # [B, L, D]
     x = constrain(x, "batch", "length", "activation")
+    # Once for all layers: left to each of them, XLA takes the cosine anew for every head.
+    config = self.config
+    rotary = rotary_tables(positions, config.rotary_size, config.rope_theta, x.dtype)
     stats = None
-    if self.config.num_dense_layers:
-      x, _ = self.dense_layers(x, positions, mask)
-    if self.config.num_routed_layers:
-      x, stats = self.layers(x, positions, mask)
+    if config.num_dense_layers:
+      x, _ = self.dense_layers(x, rotary, mask)
+    if config.num_routed_layers:
+      x, stats = self.layers(x, rotary, mask)
     return self.final_norm(x), stats
 
   def _head(self) -> jax.Array:

@@ -85,7 +85,7 @@ def lladax_step(side: Side):
   from lladax.types import Batch
 
   host.keep_memory()
-  model = proxy_25m(mask_token_id=MASK_ID, dtype=side.dtype)
+  model = proxy_25m(mask_token_id=MASK_ID, dtype=side.dtype, scan_unroll=6)
   config = Experiment(name="benchmark", model=model)
   optimizer = make_optimizer(config.optimizer, config.steps)
   state = init_state(lambda key: init_variables(model, key)["params"], optimizer, 0, make_mesh())

@@ -27,8 +27,8 @@ def expert_ffn(
 ) -> jax.Array:
   """y_t = sum_j weights_tj * down_j(silu(gate_j x_t) * up_j x_t) over the token's k experts.
 
-  Dropless: every slot is computed, however skewed the groups are. The backward pass keeps only
-  the arguments and recomputes the hidden activations.
+  Dropless: every slot is computed, however skewed the groups are. For the backward pass the
+  arguments and the hidden activations [T * k, 2F] are kept.
 
   Args:
     x: [T, D].
@@ -67,11 +67,12 @@ def _expert_ffn(implementation, *args):
 
 
 def _forward(implementation, *args):
-  return _expert_ffn(implementation, *args), args
+  out, hidden = _choose(implementation, live_blocks.forward_keeping, _three_passes_keeping, *args)
+  return out, (*args, hidden)
 
 
-def _backward(implementation, args, grad):
-  grads = _choose(implementation, live_blocks.backward, _three_passes_vjp, *args, grad)
+def _backward(implementation, residuals, grad):
+  grads = _choose(implementation, live_blocks.backward, _three_passes_vjp, *residuals, grad)
   return (*grads, None, None, None)
 
 
@@ -86,19 +87,40 @@ def _choose(implementation, on_cpu, elsewhere, *args):
 
 def _three_passes(x, gate_up, down, weights, order, inverse, group_sizes):
   """Dispatch, two grouped matmuls, combine: the form for accelerators."""
-  k, width = weights.shape[1], down.shape[1]
-  rows = dispatch(x, order, inverse, k)
-  hidden = grouped_matmul(rows, gate_up, group_sizes)
-  hidden = jax.nn.silu(hidden[:, :width].astype(jnp.float32)) * hidden[:, width:]
-  out = grouped_matmul(hidden.astype(x.dtype), down, group_sizes)
-  return combine(out, weights, order, inverse).astype(x.dtype)
+  plan = order, inverse, group_sizes
+  return _leave(_enter(x, gate_up, plan, weights.shape[1]), down, weights, plan, x.dtype)
 
 
-def _three_passes_vjp(x, gate_up, down, weights, order, inverse, group_sizes, grad):
-  def run(x, gate_up, down, weights):
-    return _three_passes(x, gate_up, down, weights, order, inverse, group_sizes)
+def _enter(x, gate_up, plan, k):
+  order, inverse, group_sizes = plan
+  return grouped_matmul(dispatch(x, order, inverse, k), gate_up, group_sizes)
 
-  return jax.vjp(run, x, gate_up, down, weights)[1](grad)
+
+def _leave(hidden, down, weights, plan, dtype):
+  order, inverse, group_sizes = plan
+  gate, up = jnp.split(hidden, 2, axis=1)
+  act = jax.nn.silu(gate.astype(jnp.float32)) * up
+  out = grouped_matmul(act.astype(dtype), down, group_sizes)
+  return combine(out, weights, order, inverse).astype(dtype)
+
+
+def _three_passes_keeping(x, gate_up, down, weights, order, inverse, group_sizes):
+  plan = order, inverse, group_sizes
+  hidden = _enter(x, gate_up, plan, weights.shape[1])
+  room = live_blocks.kept_rows(order.shape[0], down.shape[0]) - order.shape[0]
+  kept = jnp.pad(hidden, ((0, room), (0, 0)))
+  return _leave(hidden, down, weights, plan, x.dtype), kept
+
+
+def _three_passes_vjp(x, gate_up, down, weights, order, inverse, group_sizes, hidden, grad):
+  # The primal results of the two halves are not used, so that XLA leaves out what only they need:
+  # of the forward pass, just the down projection is computed again.
+  plan = order, inverse, group_sizes
+  hidden = hidden[: order.shape[0]]
+  leave = jax.vjp(lambda *args: _leave(*args, plan, x.dtype), hidden, down, weights)[1]
+  dhidden, ddown, dweights = leave(grad)
+  enter = jax.vjp(lambda *args: _enter(*args, plan, weights.shape[1]), x, gate_up)[1]
+  return (*enter(dhidden), ddown, dweights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

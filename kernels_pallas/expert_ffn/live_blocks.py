@@ -1,9 +1,10 @@
 """The experts' feed-forward layer for CPUs: gather, SwiGLU and both products block by block.
 
-A block's activations stay in cache from the gather to the last product, and nothing of size
-[T * k, 2F] is ever written. The backward pass recomputes the hidden activations from x. Against
-three separate passes (dispatch, grouped matmuls, combine) it took 0.68 of the time forward and
-0.78 forward and backward (T 4096, D 256, E 16, F 256, k 2, float32, 2-core AVX-512 machine).
+A block's activations stay in cache from the gather to the last product. For the backward pass only
+the hidden activations are written, one matmul less than computing them again. Against three
+separate passes (dispatch, grouped matmuls, combine) a form that recomputed them took 0.68 of the
+time forward and 0.78 forward and backward (T 4096, D 256, E 16, F 256, k 2, float32, 2-core
+AVX-512 machine).
 
 The combine weight multiplies the hidden activations instead of the output, which is the same sum:
 its gradient then needs no saved output.
@@ -19,30 +20,52 @@ from kernels_pallas import cpu
 
 def forward(x, gate_up, down, weights, order, inverse, group_sizes) -> jax.Array:
   """See `kernels_pallas.expert_ffn.api.expert_ffn`."""
-  tokens, slot_weights, block = _slots(weights, order, group_sizes)
-  width = down.shape[1]
+  return _forward(x, gate_up, down, weights, order, inverse, group_sizes, keep=False)[0]
 
-  def body(start, live, out, local):
+
+def forward_keeping(x, gate_up, down, weights, order, inverse, group_sizes):
+  """The output, and the hidden activations as `backward` takes them: [kept_rows, 2F]."""
+  return _forward(x, gate_up, down, weights, order, inverse, group_sizes, keep=True)
+
+
+def kept_rows(slots: int, experts: int) -> int:
+  """Rows of the hidden activations that are kept: all slots and room for a last whole block."""
+  return slots + cpu.block_rows(slots, experts)
+
+
+def _forward(x, gate_up, down, weights, order, inverse, group_sizes, *, keep):
+  tokens, slot_weights, block = _slots(weights, order, group_sizes)
+  slots, width = order.shape[0] + block, down.shape[1]
+
+  def body(start, live, carry, local):
+    out, kept = carry
     gate_up_e, down_e = local
     rows = x[cpu.take_rows(tokens, start, block)]
     hidden = cpu.dot(rows, gate_up_e)
+    if keep:
+      kept = cpu.put_rows(kept, hidden, start)
     scale = cpu.take_rows(slot_weights, start, block)[:, None]
     act = jax.nn.silu(hidden[:, :width]) * hidden[:, width:] * scale
-    return cpu.put_rows(out, cpu.dot(act.astype(x.dtype), down_e), start), local
+    out = cpu.put_rows(out, cpu.dot(act.astype(x.dtype), down_e), start)
+    return (out, kept), local
 
-  out = cpu.for_each_block(
+  kept = jnp.zeros((slots, 2 * width), x.dtype) if keep else None
+  out, kept = cpu.for_each_block(
     group_sizes,
     block,
     enter=lambda e: (gate_up[e], down[e]),
     body=body,
-    leave=lambda e, out, local: out,
-    carry=jnp.zeros((order.shape[0] + block, x.shape[1]), x.dtype),
+    leave=lambda e, carry, local: carry,
+    carry=(jnp.zeros((slots, x.shape[1]), x.dtype), kept),
   )
-  return _sum_slots(out, inverse, weights.shape).astype(x.dtype)
+  return _sum_slots(out, inverse, weights.shape).astype(x.dtype), kept
 
 
-def backward(x, gate_up, down, weights, order, inverse, group_sizes, grad):
-  """Gradients of x, gate_up, down and weights, given that of the output [T, D]."""
+def backward(x, gate_up, down, weights, order, inverse, group_sizes, hidden, grad):
+  """Gradients of x, gate_up, down and weights, given that of the output [T, D].
+
+  hidden: [kept_rows, 2F] in expert order, from `forward_keeping`.
+  """
   tokens, slot_weights, block = _slots(weights, order, group_sizes)
   slots, width, dtype = order.shape[0], down.shape[1], x.dtype
   float32 = jnp.float32
@@ -50,19 +73,19 @@ def backward(x, gate_up, down, weights, order, inverse, group_sizes, grad):
   def enter(e):
     # Transposed once per expert: products with the transposed matrix on the right are slower.
     zeros = jnp.zeros(gate_up.shape[1:], float32), jnp.zeros(down.shape[1:], float32)
-    return gate_up[e], cpu.transposed(gate_up[e]), cpu.transposed(down[e]), *zeros
+    return cpu.transposed(gate_up[e]), cpu.transposed(down[e]), *zeros
 
   def body(start, live, carry, local):
     dx, dweights, dgate_up, ddown = carry
-    gate_up_e, gate_up_t, down_t, dgate_up_e, ddown_e = local
+    gate_up_t, down_t, dgate_up_e, ddown_e = local
     token = cpu.take_rows(tokens, start, block)
     scale = cpu.take_rows(slot_weights, start, block)[:, None]
     rows = x[token]
     # Only the group's own rows may reach the sums over rows below.
     dout = jnp.where(live[:, None], grad[token], 0)
 
-    hidden = cpu.dot(rows, gate_up_e)
-    gate, up = hidden[:, :width], hidden[:, width:]
+    kept = cpu.take_rows(hidden, start, block).astype(float32)
+    gate, up = kept[:, :width], kept[:, width:]
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     act = silu * up
@@ -74,14 +97,14 @@ def backward(x, gate_up, down, weights, order, inverse, group_sizes, grad):
     ddown_e += cpu.dot(cpu.transposed((act * scale).astype(dtype)), dout)
     dgate_up_e += cpu.dot(cpu.transposed(rows), dhidden)
     dx = cpu.put_rows(dx, cpu.dot(dhidden, gate_up_t), start)
-    dweights = cpu.put_rows(dweights, (act * dact_scaled).sum(1), start)
+    dweights = cpu.put_rows(dweights, cpu.row_sum(act * dact_scaled), start)
     carry = dx, dweights, dgate_up, ddown
-    return carry, (gate_up_e, gate_up_t, down_t, dgate_up_e, ddown_e)
+    return carry, (gate_up_t, down_t, dgate_up_e, ddown_e)
 
   def leave(e, carry, local):
     dx, dweights, dgate_up, ddown = carry
-    dgate_up = dgate_up.at[e].set(local[3].astype(dgate_up.dtype))
-    return dx, dweights, dgate_up, ddown.at[e].set(local[4].astype(ddown.dtype))
+    dgate_up = dgate_up.at[e].set(local[2].astype(dgate_up.dtype))
+    return dx, dweights, dgate_up, ddown.at[e].set(local[3].astype(ddown.dtype))
 
   carry = (
     jnp.zeros((slots + block, x.shape[1]), dtype),

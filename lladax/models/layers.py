@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.linear import linear
+from kernels_pallas.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -24,9 +25,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
     scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-    high = x.astype(jnp.float32)
-    high = high * jax.lax.rsqrt(jnp.mean(jnp.square(high), axis=-1, keepdims=True) + self.eps)
-    return high.astype(x.dtype) * scale.astype(x.dtype)
+    return rms_norm(x, scale, self.eps)
 
 
 def rotary_tables(positions: jax.Array, size: int, theta: float, dtype) -> tuple:

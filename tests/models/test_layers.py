@@ -94,13 +94,17 @@ def test_scores_depend_on_differences_of_positions_only(size):
   assert jnp.abs(scores(0) - plain).max() > 0.1  # and it does something
 
 
+def tables(config, positions):
+  return rotary_tables(positions[None], config.rotary_size, config.rope_theta, jnp.float32)
+
+
 def attention_of(config):
   """Params and apply of one attention layer on random input, queries and keys of some size."""
   x = jax.random.normal(jax.random.key(3), (1, 6, config.hidden_size))
-  positions, layer = jnp.arange(6)[None], Attention(config)
-  params = nn.meta.unbox(layer.init(jax.random.key(4), x, positions, full())["params"])
+  rotary, layer = tables(config, jnp.arange(6)), Attention(config)
+  params = nn.meta.unbox(layer.init(jax.random.key(4), x, rotary, full())["params"])
   params = jax.tree.map(lambda p: 20 * p if p.ndim == 3 else p, params)
-  apply = jax.jit(lambda params: layer.apply({"params": params}, x, positions, full()))
+  apply = jax.jit(lambda params: layer.apply({"params": params}, x, rotary, full()))
   return params, apply
 
 
@@ -132,7 +136,8 @@ def test_qk_norm_comes_before_rotary():
   params |= {"query_norm": {"scale": scale}, "key_norm": {"scale": scale}}
   want = apply(params)
   x = jax.random.normal(jax.random.key(3), (1, 6, 16))
-  shifted = Attention(small()).apply({"params": params}, x, jnp.arange(6)[None] + 11, full())
+  rotary = tables(small(), jnp.arange(6) + 11)
+  shifted = Attention(small()).apply({"params": params}, x, rotary, full())
   np.testing.assert_allclose(shifted, want, atol=1e-4)
 
 

@@ -27,8 +27,8 @@ def expert_ffn(
 ) -> jax.Array:
   """y_t = sum_j weights_tj * down_j(silu(gate_j x_t) * up_j x_t) over the token's k experts.
 
-  Dropless: every slot is computed, however skewed the groups are. For the backward pass the
-  arguments and the hidden activations [T * k, 2F] are kept.
+  Dropless: every slot is computed, however skewed the groups are. For the backward pass each
+  implementation keeps what suits it; wrap the layer in `jax.checkpoint` to keep the arguments only.
 
   Args:
     x: [T, D].
@@ -58,69 +58,35 @@ def expert_ffn(
     raise ValueError(f"expected order and inverse [{weights.size}], got {order.shape}")
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
-  return _expert_ffn(implementation, x, gate_up, down, weights, order, inverse, group_sizes)
+  args = x, gate_up, down, weights, order, inverse, group_sizes
+  if implementation is None:
+    return lax.platform_dependent(*args, cpu=_live_blocks, default=_three_passes)
+  return (_live_blocks if implementation == "live_blocks" else _three_passes)(*args)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expert_ffn(implementation, *args):
-  return _choose(implementation, live_blocks.forward, _three_passes, *args)
+_live_blocks = jax.custom_vjp(live_blocks.forward)
 
 
-def _forward(implementation, *args):
-  out, hidden = _choose(implementation, live_blocks.forward_keeping, _three_passes_keeping, *args)
+def _live_blocks_fwd(*args):
+  out, hidden = live_blocks.forward_keeping(*args)
   return out, (*args, hidden)
 
 
-def _backward(implementation, residuals, grad):
-  grads = _choose(implementation, live_blocks.backward, _three_passes_vjp, *residuals, grad)
-  return (*grads, None, None, None)
+def _live_blocks_bwd(residuals, grad):
+  return (*live_blocks.backward(*residuals, grad), None, None, None)
 
 
-_expert_ffn.defvjp(_forward, _backward)
-
-
-def _choose(implementation, on_cpu, elsewhere, *args):
-  if implementation is None:
-    return lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
-  return (on_cpu if implementation == "live_blocks" else elsewhere)(*args)
+_live_blocks.defvjp(_live_blocks_fwd, _live_blocks_bwd)
 
 
 def _three_passes(x, gate_up, down, weights, order, inverse, group_sizes):
   """Dispatch, two grouped matmuls, combine: the form for accelerators."""
-  plan = order, inverse, group_sizes
-  return _leave(_enter(x, gate_up, plan, weights.shape[1]), down, weights, plan, x.dtype)
-
-
-def _enter(x, gate_up, plan, k):
-  order, inverse, group_sizes = plan
-  return grouped_matmul(dispatch(x, order, inverse, k), gate_up, group_sizes)
-
-
-def _leave(hidden, down, weights, plan, dtype):
-  order, inverse, group_sizes = plan
-  gate, up = jnp.split(hidden, 2, axis=1)
-  act = jax.nn.silu(gate.astype(jnp.float32)) * up
-  out = grouped_matmul(act.astype(dtype), down, group_sizes)
-  return combine(out, weights, order, inverse).astype(dtype)
-
-
-def _three_passes_keeping(x, gate_up, down, weights, order, inverse, group_sizes):
-  plan = order, inverse, group_sizes
-  hidden = _enter(x, gate_up, plan, weights.shape[1])
-  room = live_blocks.kept_rows(order.shape[0], down.shape[0]) - order.shape[0]
-  kept = jnp.pad(hidden, ((0, room), (0, 0)))
-  return _leave(hidden, down, weights, plan, x.dtype), kept
-
-
-def _three_passes_vjp(x, gate_up, down, weights, order, inverse, group_sizes, hidden, grad):
-  # The primal results of the two halves are not used, so that XLA leaves out what only they need:
-  # of the forward pass, just the down projection is computed again.
-  plan = order, inverse, group_sizes
-  hidden = hidden[: order.shape[0]]
-  leave = jax.vjp(lambda *args: _leave(*args, plan, x.dtype), hidden, down, weights)[1]
-  dhidden, ddown, dweights = leave(grad)
-  enter = jax.vjp(lambda *args: _enter(*args, plan, weights.shape[1]), x, gate_up)[1]
-  return (*enter(dhidden), ddown, dweights)
+  k, width = weights.shape[1], down.shape[1]
+  rows = dispatch(x, order, inverse, k)
+  hidden = grouped_matmul(rows, gate_up, group_sizes)
+  hidden = jax.nn.silu(hidden[:, :width].astype(jnp.float32)) * hidden[:, width:]
+  out = grouped_matmul(hidden.astype(x.dtype), down, group_sizes)
+  return combine(out, weights, order, inverse).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -24,13 +24,8 @@ def forward(x, gate_up, down, weights, order, inverse, group_sizes) -> jax.Array
 
 
 def forward_keeping(x, gate_up, down, weights, order, inverse, group_sizes):
-  """The output, and the hidden activations as `backward` takes them: [kept_rows, 2F]."""
+  """The output, and the hidden activations as `backward` takes them."""
   return _forward(x, gate_up, down, weights, order, inverse, group_sizes, keep=True)
-
-
-def kept_rows(slots: int, experts: int) -> int:
-  """Rows of the hidden activations that are kept: all slots and room for a last whole block."""
-  return slots + cpu.block_rows(slots, experts)
 
 
 def _forward(x, gate_up, down, weights, order, inverse, group_sizes, *, keep):
@@ -49,14 +44,17 @@ def _forward(x, gate_up, down, weights, order, inverse, group_sizes, *, keep):
     out = cpu.put_rows(out, cpu.dot(act.astype(x.dtype), down_e), start)
     return (out, kept), local
 
-  kept = jnp.zeros((slots, 2 * width), x.dtype) if keep else None
+  # Rows are stored in float32, as the products give them: storing a block converted to bfloat16
+  # takes as long as computing it.
+  out = jnp.zeros((slots, x.shape[1]), jnp.float32)
+  kept = jnp.zeros((slots, 2 * width), jnp.float32) if keep else None
   out, kept = cpu.for_each_block(
     group_sizes,
     block,
     enter=lambda e: (gate_up[e], down[e]),
     body=body,
     leave=lambda e, carry, local: carry,
-    carry=(jnp.zeros((slots, x.shape[1]), x.dtype), kept),
+    carry=(out, kept),
   )
   return _sum_slots(out, inverse, weights.shape).astype(x.dtype), kept
 
@@ -64,7 +62,7 @@ def _forward(x, gate_up, down, weights, order, inverse, group_sizes, *, keep):
 def backward(x, gate_up, down, weights, order, inverse, group_sizes, hidden, grad):
   """Gradients of x, gate_up, down and weights, given that of the output [T, D].
 
-  hidden: [kept_rows, 2F] in expert order, from `forward_keeping`.
+  hidden: float32[T * k and room for a last whole block, 2F], from `forward_keeping`.
   """
   tokens, slot_weights, block = _slots(weights, order, group_sizes)
   slots, width, dtype = order.shape[0], down.shape[1], x.dtype
@@ -84,7 +82,7 @@ def backward(x, gate_up, down, weights, order, inverse, group_sizes, hidden, gra
     # Only the group's own rows may reach the sums over rows below.
     dout = jnp.where(live[:, None], grad[token], 0)
 
-    kept = cpu.take_rows(hidden, start, block).astype(float32)
+    kept = cpu.take_rows(hidden, start, block)
     gate, up = kept[:, :width], kept[:, width:]
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
@@ -107,7 +105,7 @@ def backward(x, gate_up, down, weights, order, inverse, group_sizes, hidden, gra
     return dx, dweights, dgate_up, ddown.at[e].set(local[3].astype(ddown.dtype))
 
   carry = (
-    jnp.zeros((slots + block, x.shape[1]), dtype),
+    jnp.zeros((slots + block, x.shape[1]), float32),
     jnp.zeros(slots + block, float32),
     jnp.zeros_like(gate_up),
     jnp.zeros_like(down),

@@ -92,7 +92,7 @@ def backward(x, gate_up, down, weights, order, inverse, group_sizes, hidden, gra
     dgate = dact * up * (sigmoid + silu * (1 - sigmoid))
     dhidden = jnp.concatenate([dgate, dact * silu], axis=1).astype(dtype)
 
-    ddown_e += cpu.dot(cpu.transposed((act * scale).astype(dtype)), dout)
+    ddown_e += cpu.dot(cpu.transposed(act * scale).astype(dtype), dout)
     dgate_up_e += cpu.dot(cpu.transposed(rows), dhidden)
     dx = cpu.put_rows(dx, cpu.dot(dhidden, gate_up_t), start)
     dweights = cpu.put_rows(dweights, cpu.row_sum(act * dact_scaled), start)

@@ -1,15 +1,18 @@
 """The transformer family: configs and presets, layers, attention and its masks."""
 
 from lladax.models.attention import AttentionMask, block_causal, full, padding, segments
-from lladax.models.config import (
+from lladax.models.config import ModelConfig, ParameterCount, count_parameters
+from lladax.models.presets import (
   PROXIES,
-  ModelConfig,
-  ParameterCount,
-  count_parameters,
+  QWEN2_5,
+  dream_7b,
+  llada2_flash,
+  llada2_mini,
   llada_8b,
   llada_moe_7b_a1b,
   proxy,
   proxy_25m,
+  qwen2_5,
   tiny,
 )
 from lladax.models.transformer import (
@@ -23,6 +26,7 @@ from lladax.models.transformer import (
 
 __all__ = [
   "PROXIES",
+  "QWEN2_5",
   "AttentionMask",
   "Denoiser",
   "ModelConfig",
@@ -32,14 +36,18 @@ __all__ = [
   "bind_token_nll",
   "block_causal",
   "count_parameters",
+  "dream_7b",
   "full",
   "init_params",
   "init_variables",
+  "llada2_flash",
+  "llada2_mini",
   "llada_8b",
   "llada_moe_7b_a1b",
   "padding",
   "proxy",
   "proxy_25m",
+  "qwen2_5",
   "segments",
   "tiny",
 ]

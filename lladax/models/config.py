@@ -1,9 +1,8 @@
-"""The architecture of every model of the family as one config, its presets and parameter counts."""
+"""The architecture of every model of the family as one config, and parameter counts."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +33,14 @@ class ModelConfig:
     rms_norm_eps: epsilon of every RMSNorm.
     qk_norm: RMSNorm over each head's query and key before rotary (one scale [H] for all heads).
     attention_bias: biases in the query, key and value projections (Qwen2, Dream).
+    causal: a position attends to itself and earlier ones only (Qwen2, the autoregressive baseline).
+    shift: the hidden state at i - 1 predicts token i (Dream, arXiv 2508.15487; Qwen2). The
+      transformer shifts by itself: its prediction at i is always for token i. The first position of
+      a document keeps its own, as Dream has it.
     tie_word_embeddings: the output head is the embedding, transposed.
     initializer_range: standard deviation of the normal initialisation of every matrix.
-    mask_token_id, eos_token_id, pad_token_id: special ids, below vocab_size.
+    mask_token_id, eos_token_id, pad_token_id: special ids, below vocab_size. A causal model may
+      have no mask_token_id (None): it is scored and trained, but not decoded by unmasking.
     dtype: of activations and matrix products, "float32" or "bfloat16"; router, norms and logits
       are float32 in any case.
     param_dtype: of the parameters.
@@ -64,9 +68,11 @@ class ModelConfig:
   rms_norm_eps: float = 1e-5
   qk_norm: bool = True
   attention_bias: bool = False
+  causal: bool = False
+  shift: bool = False
   tie_word_embeddings: bool = False
   initializer_range: float = 0.02
-  mask_token_id: int
+  mask_token_id: int | None
   eos_token_id: int
   pad_token_id: int
   dtype: str = "float32"
@@ -101,7 +107,11 @@ class ModelConfig:
     self._expect(self.dtype in DTYPES, "dtype", f"one of {DTYPES}")
     self._expect(self.param_dtype in DTYPES, "param_dtype", f"one of {DTYPES}")
     self._expect(self.remat in REMAT_POLICIES, "remat", f"one of {REMAT_POLICIES}")
+    given = self.mask_token_id is not None or self.causal
+    self._expect(given, "mask_token_id", "an id; only a causal model can be without")
     for field in ("mask_token_id", "eos_token_id", "pad_token_id"):
+      if getattr(self, field) is None and field == "mask_token_id":
+        continue
       fits = 0 <= getattr(self, field) < self.vocab_size
       self._expect(fits, field, f"an id below vocab_size={self.vocab_size}")
     distinct = self.mask_token_id not in (self.eos_token_id, self.pad_token_id)
@@ -175,113 +185,6 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     embedding=total - body,
     active=body - idle + head,
     active_non_embedding=body - idle,
-  )
-
-
-def tiny(vocab_size: int = 2048, **changes) -> ModelConfig:
-  """LLaDA-MoE in miniature, for a CPU: the ratios of the 7B (A = k / E = 1/8, head of 64)."""
-  return replace(
-    ModelConfig(
-      vocab_size=vocab_size,
-      hidden_size=256,
-      num_hidden_layers=4,
-      num_attention_heads=4,
-      moe=MoEConfig(num_experts=16, num_experts_per_tok=2, expert_intermediate_size=256),
-      max_position_embeddings=256,
-      mask_token_id=1,
-      eos_token_id=0,
-      pad_token_id=0,
-    ),
-    **changes,
-  )
-
-
-def proxy_25m(**changes) -> ModelConfig:
-  """The proxy of the CPU benchmark: 24.7M parameters, 6.1M active with the head."""
-  return replace(tiny(vocab_size=8192, num_hidden_layers=6), **changes)
-
-
-# Width, layers, heads and experts of the ladder of proxies. Active experts are an eighth of all
-# and the expert is half as wide as the model, as in LLaDA-MoE-7B-A1B (A = 12.5 %, G = 4).
-PROXIES = {
-  "proxy_3m": (128, 4, 2, 16),
-  "proxy_9m": (192, 6, 3, 16),
-  "proxy_40m": (320, 8, 5, 32),
-  "proxy_150m": (512, 10, 8, 48),
-  "proxy_500m": (768, 14, 12, 64),
-}
-
-
-def proxy(name: str, vocab_size: int = 8192, **changes) -> ModelConfig:
-  """One rung of `PROXIES`: small LLaDA-MoE models for scaling studies.
-
-  The name gives the order of magnitude of the total parameters at the default vocabulary.
-
-  Raises:
-    ValueError: for a name that is not in `PROXIES`.
-  """
-  if name not in PROXIES:
-    raise ValueError(f"unknown proxy {name!r}; one of {', '.join(PROXIES)}")
-  hidden_size, layers, heads, experts = PROXIES[name]
-  moe = MoEConfig(
-    num_experts=experts,
-    num_experts_per_tok=experts // 8,
-    expert_intermediate_size=hidden_size // 2,
-  )
-  return replace(
-    tiny(vocab_size=vocab_size),
-    **{
-      "hidden_size": hidden_size,
-      "num_hidden_layers": layers,
-      "num_attention_heads": heads,
-      "moe": moe,
-      "max_position_embeddings": 4096,
-      **changes,
-    },
-  )
-
-
-def llada_moe_7b_a1b(**changes) -> ModelConfig:
-  """LLaDA-MoE-7B-A1B, Base and Instruct (arXiv 2509.24389, table 2 and the released config)."""
-  return replace(
-    ModelConfig(
-      vocab_size=157_184,
-      hidden_size=2048,
-      num_hidden_layers=16,
-      num_attention_heads=16,
-      head_dim=128,
-      moe=MoEConfig(num_experts=64, num_experts_per_tok=8, expert_intermediate_size=1024),
-      max_position_embeddings=8192,
-      rope_theta=50_000.0,
-      mask_token_id=156_895,
-      eos_token_id=156_892,
-      pad_token_id=156_892,
-      dtype="bfloat16",
-      remat="full",
-    ),
-    **changes,
-  )
-
-
-def llada_8b(**changes) -> ModelConfig:
-  """LLaDA-8B, Base and Instruct, and LLaDA-1.5 (arXiv 2502.09992 and the released config)."""
-  return replace(
-    ModelConfig(
-      vocab_size=126_464,
-      hidden_size=4096,
-      num_hidden_layers=32,
-      num_attention_heads=32,
-      intermediate_size=12_288,
-      max_position_embeddings=4096,
-      rope_theta=500_000.0,
-      qk_norm=False,
-      mask_token_id=126_336,
-      eos_token_id=126_081,
-      pad_token_id=126_081,
-      dtype="bfloat16",
-      remat="full",
-    ),
-    **changes,
   )
 
 

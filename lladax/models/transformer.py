@@ -134,8 +134,10 @@ class Transformer(nn.Module):
     positions: Positions | None = None,
     mask: AttentionMask | None = None,
   ) -> tuple[jax.Array, RouterStats | None]:
-    """Final hidden states [B, L, D], after the last norm."""
+    """Final hidden states [B, L, D], after the last norm: the one at i predicts token i."""
     mask = full() if mask is None else mask
+    if self.config.causal:
+      mask = dataclasses.replace(mask, block_length=1)
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = self.embed(tokens).astype(dtype_of(self.config.dtype))  # [B, L, D]
@@ -148,7 +150,11 @@ class Transformer(nn.Module):
       x, _ = self.dense_layers(x, rotary, mask)
     if config.num_routed_layers:
       x, stats = self.layers(x, rotary, mask)
-    return self.final_norm(x), stats
+    x = self.final_norm(x)
+    if config.shift:
+      before = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
+      x = jnp.where((positions == 0)[..., None], x, before)
+    return x, stats
 
   def _head(self) -> jax.Array:
     """[D, V] in the compute dtype."""

@@ -3,7 +3,14 @@
 from lladax.moe.dispatch import Plan, make_plan
 from lladax.moe.expert_parallel import Exchange, Fsdp
 from lladax.moe.layer import MoEConfig, MoELayer
-from lladax.moe.router import Router, RouterStats, Routing, TopKSoftmax, router_stats
+from lladax.moe.router import (
+  Router,
+  RouterStats,
+  Routing,
+  SigmoidBias,
+  TopKSoftmax,
+  router_stats,
+)
 
 __all__ = [
   "Exchange",
@@ -14,6 +21,7 @@ __all__ = [
   "Router",
   "RouterStats",
   "Routing",
+  "SigmoidBias",
   "TopKSoftmax",
   "make_plan",
   "router_stats",

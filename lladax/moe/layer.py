@@ -71,7 +71,11 @@ class MoELayer(nn.Module):
 
     rows = x.reshape(-1, width)  # [T, D]
     logits = jnp.dot(rows.astype(jnp.float32), router)  # [T, E]
-    routing = config.router(logits, config.num_experts_per_tok)
+    bias = None
+    if config.router.has_bias:
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("router",))
+      bias = self.param("expert_bias", zeros, (E,), jnp.float32)
+    routing = config.router(logits, config.num_experts_per_tok, bias)
     y = config.exchange(
       rows,
       routing.weights,

@@ -44,7 +44,7 @@ class Routing:
   Attributes:
     weights: float32[T, k], what each chosen expert's output is multiplied by.
     experts: int32[T, k], distinct within a token.
-    probabilities: float32[T, E], the full distribution, for statistics.
+    probabilities: float32[T, E], every expert's score, for statistics (which normalise it).
   """
 
   weights: jax.Array
@@ -55,9 +55,19 @@ class Routing:
 class Router(abc.ABC):
   """logits -> `Routing`. A new router is one subclass; the contract tests find it."""
 
+  @property
+  def has_bias(self) -> bool:
+    """Whether the layer keeps a bias [E] that takes part in the choice of experts."""
+    return False
+
   @abc.abstractmethod
-  def __call__(self, logits: jax.Array, num_experts_per_tok: int) -> Routing:
-    """float32[T, E] -> Routing with [T, k]."""
+  def __call__(
+    self, logits: jax.Array, num_experts_per_tok: int, bias: jax.Array | None = None
+  ) -> Routing:
+    """float32[T, E] and, where `has_bias`, float32[E] -> Routing with [T, k].
+
+    The bias moves the choice only, never the weights, and gets no gradient.
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,18 +79,96 @@ class TopKSoftmax(Router):
   Attributes:
     norm_topk_prob: divide the chosen weights by their sum (LLaDA-MoE v2, Qwen2-MoE).
     routed_scaling_factor: multiplies the weights.
+    expert_bias: a bias is added to the probabilities for the choice of experts.
   """
 
   norm_topk_prob: bool = False
   routed_scaling_factor: float = 1.0
+  expert_bias: bool = False
 
-  def __call__(self, logits: jax.Array, num_experts_per_tok: int) -> Routing:
+  @property
+  def has_bias(self) -> bool:
+    return self.expert_bias
+
+  def __call__(self, logits, num_experts_per_tok, bias=None) -> Routing:
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, experts = jax.lax.top_k(probabilities, num_experts_per_tok)
+    weights, experts = _top_k(probabilities, _biased(probabilities, bias), num_experts_per_tok)
     if self.norm_topk_prob:
       weights = weights / weights.sum(-1, keepdims=True)
     weights = weights * self.routed_scaling_factor
     return Routing(weights=weights, experts=experts, probabilities=probabilities)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SigmoidBias(Router):
+  """The router of Ling 2.0 and LLaDA2.0 (arXiv 2512.15745): a sigmoid per expert, in groups.
+
+  Experts lie in `n_group` equal groups. A group's score is the sum of its two best biased scores;
+  experts outside the `topk_group` best groups are out. Of the others the k best by biased score
+  are chosen and weighted by their own scores.
+
+  Attributes:
+    n_group: number of groups; it divides E.
+    topk_group: groups that stay.
+    norm_topk_prob: divide the chosen weights by their sum.
+    routed_scaling_factor: multiplies the weights (2.5 in LLaDA2.0).
+
+  Raises:
+    ValueError: if topk_group is not between 1 and n_group; on call, if n_group does not divide E
+      or the groups that stay hold fewer than k experts.
+  """
+
+  n_group: int = 1
+  topk_group: int = 1
+  norm_topk_prob: bool = True
+  routed_scaling_factor: float = 1.0
+
+  def __post_init__(self):
+    if not 1 <= self.topk_group <= self.n_group:
+      raise ValueError(
+        f"topk_group lies between 1 and n_group={self.n_group}; got {self.topk_group}"
+      )
+
+  @property
+  def has_bias(self) -> bool:
+    return True
+
+  def __call__(self, logits, num_experts_per_tok, bias=None) -> Routing:
+    E = logits.shape[-1]
+    if E % self.n_group or E // self.n_group * self.topk_group < num_experts_per_tok:
+      raise ValueError(
+        f"{self!r} cannot choose {num_experts_per_tok} of {E} experts: n_group must divide them and "
+        "the groups that stay must hold as many"
+      )
+    scores = jax.nn.sigmoid(logits.astype(jnp.float32))
+    choice = self._within_groups(_biased(scores, bias))
+    weights, experts = _top_k(scores, choice, num_experts_per_tok)
+    if self.norm_topk_prob:
+      weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    weights = weights * self.routed_scaling_factor
+    return Routing(weights=weights, experts=experts, probabilities=scores)
+
+  def _within_groups(self, choice: jax.Array) -> jax.Array:
+    """[T, E] with -inf in all but the best groups."""
+    if self.topk_group == self.n_group:
+      return choice
+    grouped = choice.reshape(choice.shape[0], self.n_group, -1)  # [T, groups, E / groups]
+    best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+    stay = jax.lax.top_k(best_two, self.topk_group)[1]
+    stays = (stay[:, :, None] == jnp.arange(self.n_group)).any(1)  # [T, groups]
+    return jnp.where(stays[..., None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+def _biased(scores: jax.Array, bias: jax.Array | None) -> jax.Array:
+  return scores if bias is None else scores + jax.lax.stop_gradient(bias.astype(jnp.float32))
+
+
+def _top_k(scores: jax.Array, choice: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """The experts of the k largest in `choice`, and their `scores`."""
+  if choice is scores:
+    return jax.lax.top_k(scores, k)
+  experts = jax.lax.top_k(choice, k)[1]
+  return jnp.take_along_axis(scores, experts, axis=-1), experts
 
 
 def router_stats(logits: jax.Array, routing: Routing, valid: jax.Array | None = None):

@@ -12,13 +12,17 @@ from lladax.models import (
   ModelConfig,
   abstract_params,
   count_parameters,
+  dream_7b,
+  llada2_flash,
+  llada2_mini,
   llada_8b,
   llada_moe_7b_a1b,
   proxy,
   proxy_25m,
+  qwen2_5,
   tiny,
 )
-from lladax.moe import MoEConfig
+from lladax.moe import MoEConfig, SigmoidBias
 
 
 def closed_form(config: ModelConfig) -> dict[str, int]:
@@ -39,7 +43,8 @@ def closed_form(config: ModelConfig) -> dict[str, int]:
     total, active = total + ffn, active + ffn
   if config.moe is not None:
     expert = 3 * D * config.moe.expert_intermediate_size
-    each = D * config.moe.num_experts + 3 * D * (config.moe.shared_expert_intermediate_size or 0)
+    bias = config.moe.num_experts if config.moe.router.has_bias else 0
+    each = bias + D * config.moe.num_experts + 3 * D * (config.moe.shared_expert_intermediate_size or 0)
     total += (n - dense_layers) * (each + config.moe.num_experts * expert)
     active += (n - dense_layers) * (each + config.moe.num_experts_per_tok * expert)
   embedding = V * D if config.tie_word_embeddings else 2 * V * D
@@ -61,6 +66,7 @@ def configs(draw):
     num_experts_per_tok=draw(st.integers(1, experts)),
     expert_intermediate_size=draw(st.integers(1, 9)),
     shared_expert_intermediate_size=draw(st.none() | st.integers(1, 9)),
+    router=draw(st.sampled_from([MoEConfig.router, SigmoidBias()])),
   )
   return ModelConfig(
     vocab_size=draw(st.integers(2, 50)),
@@ -101,6 +107,41 @@ def test_llada_8b_counts_as_published():
   assert counts.total == 8_015_581_184  # "8.02B", 6.98B of them outside the embeddings
   assert counts.active_non_embedding == 6_979_588_096
   assert dataclasses.asdict(counts) == closed_form(llada_8b())
+
+
+@pytest.mark.parametrize(
+  ("config", "total"),
+  [
+    # The totals that the model cards of Qwen2.5 give; Dream-7B has the shapes of Qwen2.5-7B.
+    (qwen2_5("0.5b"), 494_032_768),
+    (qwen2_5("1.5b"), 1_543_714_304),
+    (qwen2_5("3b"), 3_085_938_688),
+    (qwen2_5("7b"), 7_615_616_512),
+    (dream_7b(), 7_615_616_512),
+    # "16B" and "103B": exact numbers were not published; the closed form confirms ours.
+    (llada2_mini(), 16_255_643_392),
+    (llada2_flash(), 102_889_705_216),
+  ],
+  ids=["qwen 0.5b", "qwen 1.5b", "qwen 3b", "qwen 7b", "dream", "llada2 mini", "llada2 flash"],
+)
+def test_relatives_count_as_published(config, total):
+  counts = count_parameters(config)
+  assert counts.total == total
+  assert dataclasses.asdict(counts) == closed_form(config)
+
+
+def test_llada2_is_active_as_published():
+  # "1.4B" and "6.1B" count both embeddings.
+  for config, billions in ((llada2_mini(), 1.4), (llada2_flash(), 6.1)):
+    counts = count_parameters(config)
+    both = counts.active + config.vocab_size * config.hidden_size
+    assert abs(both / 1e9 - billions) < 0.06
+
+
+def test_only_a_causal_model_can_be_without_a_mask_token():
+  assert dataclasses.replace(tiny(), mask_token_id=None, causal=True).mask_token_id is None
+  with pytest.raises(ValueError, match="mask_token_id: .* causal"):
+    dataclasses.replace(tiny(), mask_token_id=None)
 
 
 def test_the_proxies_form_a_ladder():

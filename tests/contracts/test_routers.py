@@ -70,7 +70,10 @@ def test_experts_are_distinct_and_weights_finite(router, case):
   assert weights.dtype == np.float32 and experts.dtype == np.int32
   assert (experts >= 0).all() and (experts < logits.shape[1]).all()
   assert all(len(set(row)) == k for row in experts.tolist())
-  assert np.isfinite(weights).all() and (weights >= 0).all() and (weights.max(1) > 0).all()
+  assert np.isfinite(weights).all() and (weights >= 0).all()
+  # A router of single scores may give nothing to a token that no expert wants (float32 ends there).
+  wanted = np.asarray(logits).max(1) > -80
+  assert (weights.max(1) > 0)[wanted].all()
   assert np.isfinite(routing.probabilities).all() and (np.asarray(routing.probabilities) >= 0).all()
   load = np.asarray(stats.load)
   np.testing.assert_allclose(

@@ -17,7 +17,7 @@ from lladax.models import (
   segments,
   tiny,
 )
-from lladax.moe import MoEConfig
+from lladax.moe import MoEConfig, SigmoidBias
 
 V, L = 24, 12
 MOE = MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=6)
@@ -243,3 +243,50 @@ def test_bfloat16_keeps_router_norms_and_logits_in_float32():
   }
   assert operands["rsqrt"] == operands["top_k"] == operands["exp"] == {"float32"}
   assert operands["dot_general"] == {"bfloat16", "float32"}  # float32: the router alone
+
+
+def test_a_causal_model_sees_no_later_token():
+  config = dataclasses.replace(CONFIG, causal=True)
+  tokens = random_tokens()
+  before = np.asarray(logits_and_stats(config, tokens)[0])
+  changed = tokens.copy()
+  changed[:, 7] = (changed[:, 7] + 1) % V
+  after = np.asarray(logits_and_stats(config, changed)[0])
+  np.testing.assert_array_equal(after[:, :7], before[:, :7])
+  assert (np.abs(after - before)[:, 7:].max((0, 2)) > 1e-3).all()
+
+
+def test_a_shifted_model_predicts_from_the_state_before():
+  shifted = dataclasses.replace(CONFIG, shift=True)
+  tokens, positions, ids = packed()
+  mask = segments(ids)
+  plain = logits(tokens, positions, mask)
+  got = np.asarray(forward(shifted, params_of(CONFIG), tokens, positions, mask)[0])
+  want = np.where(positions[..., None] == 0, plain, np.roll(plain, 1, axis=1))
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+  # The first token of a document is not predicted from the document before it.
+  assert positions[0, 5] == 0 and np.abs(plain[0, 5] - plain[0, 4]).max() > 0.1
+
+
+def test_a_shifted_causal_model_never_sees_what_it_predicts():
+  config = dataclasses.replace(CONFIG, causal=True, shift=True)
+  tokens = random_tokens()
+  before = np.asarray(logits_and_stats(config, tokens)[0])
+  changed = tokens.copy()
+  changed[:, 7] = (changed[:, 7] + 1) % V
+  after = np.asarray(logits_and_stats(config, changed)[0])
+  np.testing.assert_array_equal(after[:, :8], before[:, :8])
+  assert np.abs(after - before)[:, 8].max() > 1e-3
+
+
+def test_an_expert_bias_is_a_parameter_of_routers_that_have_one():
+  router = SigmoidBias(n_group=2, topk_group=1)
+  config = dataclasses.replace(CONFIG, moe=dataclasses.replace(MOE, router=router))
+  params = params_of(config)
+  assert "expert_bias" not in params_of(CONFIG)["layers"]["moe"]
+  bias = params["layers"]["moe"]["expert_bias"]
+  assert bias.shape == (2, 4) and bias.dtype == jnp.float32 and not bias.any()
+  moe = params["layers"]["moe"] | {"expert_bias": bias.at[:, 2:].set(10.0)}
+  pushed = params | {"layers": params["layers"] | {"moe": moe}}
+  load = forward(config, pushed, random_tokens())[1].load
+  np.testing.assert_allclose(load[:, 2:].sum(1), 1, rtol=1e-6)

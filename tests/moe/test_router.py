@@ -1,4 +1,4 @@
-"""Laws of the softmax router and of the statistics, against NumPy in float64."""
+"""Laws of the routers and of the statistics, against NumPy in float64."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lladax.moe import TopKSoftmax, router_stats
+from lladax.moe import SigmoidBias, TopKSoftmax, router_stats
 
 T, E, K = 12, 6, 2
 
@@ -136,3 +136,60 @@ def test_the_balance_loss_acts_through_probability_alone():
   want = E / T * p * (load - (p * load).sum(1, keepdims=True))
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
   assert np.abs(got).max() > 1e-3
+
+
+def sigmoid_groups(logits, bias, k, n_group, topk_group, scale):
+  """The published rule, one token and one comparison at a time: experts -> weight."""
+  rows = []
+  for row in np.asarray(logits, np.float64):
+    scores = 1 / (1 + np.exp(-row))
+    choice = scores + bias
+    groups = np.array_split(np.arange(len(row)), n_group)
+    group_scores = [np.sort(choice[g])[-2:].sum() for g in groups]
+    stay = np.argsort(group_scores)[-topk_group:]
+    candidates = np.concatenate([groups[g] for g in stay])
+    chosen = candidates[np.argsort(choice[candidates])[-k:]]
+    total = scores[chosen].sum()
+    rows.append({int(e): scale * scores[e] / total for e in chosen})
+  return rows
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(
+  seed=st.integers(0, 2**31), shape=st.sampled_from([(16, 4, 4, 2), (12, 3, 3, 1), (8, 2, 1, 1)])
+)
+def test_sigmoid_router_equals_the_published_rule(seed, shape):
+  experts, k, n_group, topk_group = shape
+  rng = np.random.default_rng(seed)
+  logits = np.float32(2 * rng.normal(size=(7, experts)))
+  bias = np.float32(0.5 * rng.normal(size=experts))  # negative sums of scores and bias, too
+  router = SigmoidBias(n_group=n_group, topk_group=topk_group, routed_scaling_factor=2.5)
+  routing = router(jnp.asarray(logits), k, jnp.asarray(bias))
+  got = [
+    dict(zip(e.tolist(), w.tolist(), strict=True))
+    for e, w in zip(np.asarray(routing.experts), np.asarray(routing.weights), strict=True)
+  ]
+  want = sigmoid_groups(logits, bias, k, n_group, topk_group, 2.5)
+  for a, b in zip(got, want, strict=True):
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose([a[e] for e in b], list(b.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("router", [SigmoidBias(), TopKSoftmax(expert_bias=True)], ids=repr)
+def test_the_bias_moves_the_choice_but_not_the_weight(router):
+  assert router.has_bias and not TopKSoftmax().has_bias
+  logits, bias = jnp.float32([[2.0, 1.0, 0.0, -1.0]]), jnp.float32([0.0, 0.0, 0.0, 9.0])
+  plain, biased = router(logits, 1, jnp.zeros(4)), router(logits, 1, bias)
+  assert (int(plain.experts[0, 0]), int(biased.experts[0, 0])) == (0, 3)
+  np.testing.assert_array_equal(plain.probabilities, biased.probabilities)
+  assert float(biased.weights[0, 0]) <= 1  # nothing of the 9
+  gradient = jax.grad(lambda b: router(logits, 2, b).weights.sum())(bias)
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_impossible_groups_are_named():
+  with pytest.raises(ValueError, match="topk_group .* n_group=2; got 3"):
+    SigmoidBias(n_group=2, topk_group=3)
+  for router, k in ((SigmoidBias(n_group=5), 1), (SigmoidBias(n_group=4, topk_group=1), 3)):
+    with pytest.raises(ValueError, match=f"cannot choose {k} of 8 experts"):
+      router(jnp.zeros((1, 8)), k, jnp.zeros(8))

@@ -44,7 +44,9 @@ def closed_form(config: ModelConfig) -> dict[str, int]:
   if config.moe is not None:
     expert = 3 * D * config.moe.expert_intermediate_size
     bias = config.moe.num_experts if config.moe.router.has_bias else 0
-    each = bias + D * config.moe.num_experts + 3 * D * (config.moe.shared_expert_intermediate_size or 0)
+    each = (
+      bias + D * config.moe.num_experts + 3 * D * (config.moe.shared_expert_intermediate_size or 0)
+    )
     total += (n - dense_layers) * (each + config.moe.num_experts * expert)
     active += (n - dense_layers) * (each + config.moe.num_experts_per_tok * expert)
   embedding = V * D if config.tie_word_embeddings else 2 * V * D

@@ -1,0 +1,145 @@
+"""LLaDA-MoE-7B-A1B, Base, Instruct and TD (arXiv 2509.24389), also in dInfer's fused form."""
+
+from __future__ import annotations
+
+from lladax.hub.family import (
+  Family,
+  check_attention,
+  check_computed,
+  given,
+  need,
+  rope_theta,
+)
+from lladax.hub.names import Names
+from lladax.models import ModelConfig
+from lladax.moe import MoEConfig, TopKSoftmax
+
+COMPUTED = {
+  "hidden_act": ("silu",),
+  "attention_bias": (False,),  # there it would put one on the output projection, too
+  "attention_dropout": (0,),
+  "clip_qkv": (),
+  "partial_rotary_factor": (1,),
+  "moe_router_score_function": ("softmax",),
+  "routed_scaling_factor": (1,),
+  # No groups; -2 is what the released file says.
+  "router_num_group": (-2, 0, 1),
+  "router_topk_group": (-2, 0, 1),
+}
+
+
+class LladaMoe(Family):
+  """`norm_topk_prob` is not read: the published code never divides by the sum of the weights."""
+
+  def model_config(self, config, *, ids, dtype) -> ModelConfig:
+    check_computed(config, COMPUTED)
+    check_attention(config)
+    n = need(config, "num_hidden_layers")
+    dense = _first_dense(config, n)
+    moe = MoEConfig(
+      num_experts=need(config, "num_experts"),
+      num_experts_per_tok=need(config, "num_experts_per_tok"),
+      expert_intermediate_size=need(config, "expert_intermediate_size"),
+      shared_expert_intermediate_size=given(config, "shared_expert_intermediate_size", None),
+      router=TopKSoftmax(
+        expert_bias=given(config, "moe_router_enable_expert_bias", False, bool),
+      ),
+    )
+    return ModelConfig(
+      vocab_size=need(config, "vocab_size"),
+      hidden_size=need(config, "hidden_size"),
+      num_hidden_layers=n,
+      num_attention_heads=need(config, "num_attention_heads"),
+      num_key_value_heads=given(config, "num_key_value_heads", None),
+      intermediate_size=need(config, "dense_intermediate_size") if dense else None,
+      moe=moe,
+      first_k_dense=dense,
+      max_position_embeddings=need(config, "max_position_embeddings"),
+      rope_theta=rope_theta(config),
+      rms_norm_eps=need(config, "rms_norm_eps", float),
+      qk_norm=given(config, "qk_layernorm", False, bool),
+      tie_word_embeddings=given(config, "tie_word_embeddings", False, bool),
+      initializer_range=given(config, "initializer_range", 0.02, float),
+      dtype=dtype,
+      param_dtype=dtype,
+      **{"mask_token_id": None, **ids},
+    )
+
+  def hf_config(self, config) -> dict:
+    moe = config.moe
+    if moe is None:
+      raise ValueError("moe=None")
+    routed = config.num_routed_layers
+    return {
+      "architectures": [self.architectures[0]],
+      "attention_bias": config.attention_bias,
+      "attention_dropout": 0.0,
+      "auto_map": {
+        "AutoConfig": "configuration_lladamoe.LLaDAConfig",
+        "AutoModel": "modeling_lladamoe.LLaDAMoEModelLM",
+        "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
+      },
+      "clip_qkv": None,
+      "dense_intermediate_size": config.intermediate_size,
+      "eos_token_id": config.eos_token_id,
+      "expert_intermediate_size": moe.expert_intermediate_size,
+      "hidden_act": "silu",
+      "hidden_size": config.hidden_size,
+      "initializer_range": config.initializer_range,
+      "mask_token_id": config.mask_token_id,
+      "max_position_embeddings": config.max_position_embeddings,
+      "model_type": self.model_types[0],
+      "moe_layer_freq": [0] * config.num_dense_layers + [1] * routed,
+      "moe_router_enable_expert_bias": moe.router.has_bias,
+      "moe_router_score_function": "softmax",
+      "norm_topk_prob": False,
+      "num_attention_heads": config.num_attention_heads,
+      "num_experts": moe.num_experts,
+      "num_experts_per_tok": moe.num_experts_per_tok,
+      "num_hidden_layers": config.num_hidden_layers,
+      "num_key_value_heads": config.kv_heads,
+      "output_router_logits": False,
+      "pad_token_id": config.pad_token_id,
+      "partial_rotary_factor": 1,
+      "qk_layernorm": config.qk_norm,
+      "rms_norm_eps": config.rms_norm_eps,
+      "rope_scaling": None,
+      "rope_theta": config.rope_theta,
+      "routed_scaling_factor": 1,
+      "router_aux_loss_coef": 0.01,
+      "router_num_group": -2,
+      "router_topk_group": -2,
+      "shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
+      "tie_word_embeddings": config.tie_word_embeddings,
+      "torch_dtype": config.param_dtype,
+      "use_cache": False,
+      "vocab_size": config.vocab_size,
+    }
+
+
+def _first_dense(config, n: int) -> int:
+  """How many of the first layers are dense, from one flag per layer."""
+  flags = given(config, "moe_layer_freq", [1] * n, list)
+  dense = len(flags) - sum(bool(flag) for flag in flags)
+  if len(flags) != n or any(flags[:dense]):
+    raise ValueError(
+      f"config.json: moe_layer_freq is {flags!r}; {n} flags are expected, first those of the dense "
+      "layers (0), then those of the routed ones (1)"
+    )
+  return dense
+
+
+LLADA_MOE = LladaMoe(
+  name="llada_moe",
+  architectures=(
+    "LLaDAMoEModelLM",
+    "LLaDAMoEModel",
+    "FusedLLaDAMoEModelLM",  # dInfer
+    "FusedOlmoeForCausalLM",
+  ),
+  model_types=("llada", "lladamoe"),
+  marker="num_experts",
+  published_ids={"mask_token_id": 156_895, "eos_token_id": 156_892, "pad_token_id": 156_892},
+  chat_template="llada_moe",
+  names=Names(joined=("mlp.w1", "mlp.w2")),
+)

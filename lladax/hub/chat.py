@@ -1,0 +1,330 @@
+"""Messages to a prompt: the chat template of a folder, or a built-in one where it has none.
+
+Templates are Jinja, as in a Hugging Face folder. They come from the network, so they run in Jinja's
+immutable sandbox and see plain data only. Text of a message that spells a special token is encoded
+as text: only the template itself can end a turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from lladax.data.tokenizer import JsonTokenizer
+from lladax.hub.ids import end_of_turn_id, token_text, tokenizer_config
+from lladax.hub.reader import FolderError
+
+ROLES = ("system", "user", "assistant", "tool")
+# Tokens with which published templates end a turn; the first one that a template spells counts.
+ENDS_OF_TURN = ("<|role_end|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
+# Names that a tokenizer_config.json gives to special tokens, all visible to its template.
+TOKEN_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
+_NO_TOOLS = (
+  "{{ raise_exception('the built-in template has no place for the role ' ~ message.role"
+  " ~ ' at message ' ~ loop.index0) }}"
+)
+
+# The one-turn prompt of dInfer's benchmarks (repository inclusionAI/dInfer). A system message stands
+# where the template of Ling 2.0, whose tokenizer family this is, puts it.
+_LLADA_MOE = (
+  "<role>SYSTEM</role>"
+  "{% if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}"
+  "detailed thinking off<|role_end|>"
+  "{% for message in messages %}"
+  "{% if message.role == 'user' %}{{ '<role>HUMAN</role>' + message.content }}<|role_end|>"
+  "{% elif message.role == 'assistant' %}"
+  "{{ '<role>ASSISTANT</role>' + message.content }}<|role_end|>"
+  "{% elif not (loop.first and message.role == 'system') %}" + _NO_TOOLS + "{% endif %}"
+  "{% endfor %}"
+  "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
+
+# LLaDA-8B-Instruct and LLaDA-1.5 (arXiv 2502.09992): headers in the manner of Llama 3.
+_LLADA = (
+  "{{ bos_token | default('<|startoftext|>') }}"
+  "{% for message in messages %}"
+  "{% if message.role == 'tool' %}" + _NO_TOOLS + "{% endif %}"
+  "<|start_header_id|>{{ message.role }}<|end_header_id|>{{ '\\n\\n' }}"
+  "{{ message.content | trim }}<|eot_id|>"
+  "{% endfor %}"
+  "{% if add_generation_prompt %}"
+  "<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}{% endif %}"
+)
+
+# Qwen2.5 and Dream. Without a system message there is none: the released folders have templates of
+# their own, with their own default.
+_CHATML = (
+  "{% for message in messages %}"
+  "{% if message.role == 'tool' %}" + _NO_TOOLS + "{% endif %}"
+  "<|im_start|>{{ message.role + '\\n' + message.content }}<|im_end|>{{ '\\n' }}"
+  "{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+  """A Jinja chat template.
+
+  Attributes:
+    source: the template.
+    name: for messages: of the built-in template, or where it was found.
+    end_of_turn: the token that ends a turn; None: end of text does.
+    special_tokens: (name, token) as `tokenizer_config.json` has them, e.g. ("bos_token", "<s>").
+  """
+
+  source: str
+  name: str
+  end_of_turn: str | None = None
+  special_tokens: tuple[tuple[str, str], ...] = ()
+
+  def render(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+  ) -> str:
+    """The prompt as text, special tokens spelled by name.
+
+    Args:
+      messages: each with a `role` of `ROLES` and a `content`; whatever else the template reads.
+      add_generation_prompt: whether the text ends where the assistant begins.
+      tools: JSON schemas of functions, where the template knows tools.
+      **options: further variables of the template, such as `enable_thinking`.
+
+    Raises:
+      ImportError: without jinja2.
+      ValueError: for malformed messages, a malformed template, or a template that refuses them.
+    """
+    check_messages(messages)
+    known = {
+      **dict(self.special_tokens),
+      **_plain("options", options),
+      "messages": _plain("messages", messages),
+      "tools": _plain("tools", tools),
+      "add_generation_prompt": add_generation_prompt,
+    }
+    try:
+      return _compile(self.source).render(known)
+    except ImportError:
+      raise
+    except Exception as error:  # the template's own code: whatever it divides by zero
+      raise ValueError(
+        f"the chat template {self.name!r} failed on these messages: {type(error).__name__}: {error}"
+      ) from None
+
+
+BUILT_IN = {
+  "llada_moe": ChatTemplate(source=_LLADA_MOE, name="llada_moe", end_of_turn="<|role_end|>"),
+  "llada": ChatTemplate(source=_LLADA, name="llada", end_of_turn="<|eot_id|>"),
+  "chatml": ChatTemplate(source=_CHATML, name="chatml", end_of_turn="<|im_end|>"),
+}
+
+
+def read_chat_template(folder: str | os.PathLike, *, default: str) -> ChatTemplate:
+  """The template of a folder: `chat_template.jinja`, `tokenizer_config.json`, or a built-in one.
+
+  Args:
+    folder: of a released model; it need not have either file.
+    default: a name in `BUILT_IN`.
+
+  Raises:
+    ValueError: for an unknown name.
+    FolderError: for a file that is not what its name says.
+  """
+  if default not in BUILT_IN:
+    raise ValueError(f"unknown chat template {default!r}; one of {', '.join(BUILT_IN)}")
+  folder = pathlib.Path(folder)
+  config = tokenizer_config(folder)
+  tokens = tuple((name, token) for name in TOKEN_NAMES if (token := token_text(config.get(name))))
+  file = folder / "chat_template.jinja"
+  source = (
+    file.read_text(encoding="utf-8")
+    if file.exists()
+    else _configured(folder, config.get("chat_template"))
+  )
+  if source is None:
+    return dataclasses.replace(BUILT_IN[default], special_tokens=tokens)
+  end = next((token for token in ENDS_OF_TURN if token in source), None)
+  return ChatTemplate(source=source, name=str(folder), end_of_turn=end, special_tokens=tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chat:
+  """A tokenizer and a chat template: messages to ids, and the ids of an answer to text."""
+
+  tokenizer: JsonTokenizer
+  template: ChatTemplate
+
+  @functools.cached_property
+  def end_of_turn_id(self) -> int:
+    """The id that ends an answer; end of text where the template names none.
+
+    Raises:
+      ValueError: if the tokenizer has no such token, or has it as MASK.
+    """
+    token = self.template.end_of_turn
+    if token is None:
+      return self.tokenizer.eos_id
+    return end_of_turn_id(self.tokenizer.engine, token, mask_id=self.tokenizer.mask_id)
+
+  @functools.cached_property
+  def _engine(self) -> tokenizers.Tokenizer:
+    engine = tokenizers.Tokenizer.from_str(self.tokenizer.engine.to_str())
+    engine.encode_special_tokens = False  # the template's special tokens are meant
+    return engine
+
+  @functools.cached_property
+  def _special(self) -> re.Pattern[str]:
+    added = self.tokenizer.engine.get_added_tokens_decoder().values()
+    special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, special)) or r"(?!)")
+
+  def encode(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+  ) -> list[int]:
+    """Ids of the prompt: what the reference's tokenizer makes of the rendered text.
+
+    One difference is meant: where a message spells a special token, it gets the ids of its
+    characters, so that nobody ends a turn, or writes MASK, from inside a message.
+
+    Raises:
+      ValueError: as `ChatTemplate.render`.
+    """
+    self.end_of_turn_id  # noqa: B018  a tokenizer of another model is refused here
+    check_messages(messages)
+    # Spelled special tokens travel through the template as numbers that occur nowhere else: digits
+    # survive what templates do to text (trim, upper, tojson).
+    digest = hashlib.sha256(repr((messages, tools)).encode("utf-8", "replace")).hexdigest()
+    mark = str(int(digest, 16))
+    spelled: list[str] = []
+
+    def hide(match: re.Match[str]) -> str:
+      spelled.append(match.group())
+      return f"{mark}{len(spelled) - 1:06d}"
+
+    messages, tools = (_map_text(hidden, self._special, hide) for hidden in (messages, tools))
+    text = self.template.render(
+      messages, add_generation_prompt=add_generation_prompt, tools=tools, **options
+    )
+    first, *others = text.split(mark)
+    ids = self._engine.encode(first, add_special_tokens=False).ids
+    for part in others:
+      ids += self.tokenizer.encode(spelled[int(part[:6])])
+      ids += self._engine.encode(part[6:], add_special_tokens=False).ids
+    return ids
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text of an answer, up to the end of the turn or of the text."""
+    ends = {self.end_of_turn_id, self.tokenizer.eos_id}
+    stop = next((i for i, token in enumerate(ids) if int(token) in ends), len(ids))
+    return self.tokenizer.decode(ids[:stop])
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+  """Raises ValueError, naming message and field, unless the messages are as `render` wants them."""
+  example = '[{"role": "user", "content": "..."}]'
+  if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+    raise ValueError(f"messages: expected a list like {example}, got {type(messages).__name__}")
+  if not messages:
+    raise ValueError(f"messages: expected at least one, like {example}, got none")
+  for i, message in enumerate(messages):
+    if not isinstance(message, Mapping):
+      raise ValueError(f"messages[{i}]: expected role and content, got {type(message).__name__}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+      raise ValueError(f"messages[{i}].role: expected one of {', '.join(ROLES)}, got {role!r}")
+    calls = role == "assistant" and content is None and message.get("tool_calls")
+    if not isinstance(content, str) and not calls:
+      raise ValueError(f"messages[{i}].content: expected text, got {type(content).__name__}")
+
+
+def _configured(folder: pathlib.Path, entry: Any) -> str | None:
+  """The template in `tokenizer_config.json`: text, or a list of named ones with a default."""
+  if isinstance(entry, list):
+    named = {e.get("name"): e.get("template") for e in entry if isinstance(e, Mapping)}
+    entry = named.get("default", next(iter(named.values()), None) if len(named) == 1 else None)
+    if entry is None:
+      raise FolderError(
+        f"{folder}: chat_template in tokenizer_config.json has no 'default' among {list(named)}"
+      )
+  if entry is not None and not isinstance(entry, str):
+    raise FolderError(
+      f"{folder}: chat_template in tokenizer_config.json: expected text, got {type(entry).__name__}"
+    )
+  return entry
+
+
+def _plain(name: str, value: Any) -> Any:
+  """A copy that is made of JSON values only: a template gets no object with methods of ours."""
+  try:
+    return json.loads(json.dumps(value))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{name}: expected JSON values: {error}") from None
+
+
+def _map_text(value: Any, pattern: re.Pattern[str], replace: Any) -> Any:
+  """The value with the pattern replaced in every text within."""
+  if isinstance(value, str):
+    return pattern.sub(replace, value)
+  if isinstance(value, Mapping):
+    return {key: _map_text(entry, pattern, replace) for key, entry in value.items()}
+  if isinstance(value, Sequence):
+    return [_map_text(entry, pattern, replace) for entry in value]
+  return value
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(source: str):
+  """The template, in a sandbox with what published templates expect besides plain Jinja."""
+  try:
+    import jinja2
+    from jinja2 import ext, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+  except ImportError:
+    raise ImportError("chat templates need jinja2: pip install 'lladax[hub]'") from None
+
+  class Generation(ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; a prompt is the same without."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+      line = next(parser.stream).lineno
+      body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+      return nodes.Scope(body).set_lineno(line)
+
+  def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+  def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    # Jinja's own escapes HTML, which no tokenizer was trained on.
+    return json.dumps(
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+  environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
+  )
+  environment.filters["tojson"] = tojson
+  environment.globals["raise_exception"] = raise_exception
+  environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+  return environment.from_string(source)

@@ -147,7 +147,7 @@ def _shards(path: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
     if missing := [file for file in files if not (path / file).is_file()]:
       raise FolderError(
         f"{path}: of the {len(files)} shards in {INDEX_FILE}, {len(missing)} are missing: "
-        f"{_some(missing)}; download them"
+        f"{some(missing)}; download them"
       )
     return files, index
   found = sorted(file.name for file in path.glob("*.safetensors"))
@@ -155,13 +155,13 @@ def _shards(path: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
     return [SINGLE_FILE if SINGLE_FILE in found else found[0]], None
   if found:
     raise FolderError(
-      f"{path} has {len(found)} shards ({_some(found)}) but no {INDEX_FILE}, which says what "
+      f"{path} has {len(found)} shards ({some(found)}) but no {INDEX_FILE}, which says what "
       "belongs to the checkpoint; download it"
     )
   others = sorted(
     file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)
   )
-  pickled = f"; {_some(others)} may run code when read and are not" if others else ""
+  pickled = f"; {some(others)} may run code when read and are not" if others else ""
   raise FolderError(f"{path} has no {SINGLE_FILE}; only safetensors are read{pickled}")
 
 
@@ -171,8 +171,8 @@ def _require_indexed(path: pathlib.Path, index: Mapping[str, str], tensors: Mapp
   if absent or extra:
     raise FolderError(
       f"{path}: {INDEX_FILE} and the shards are of different checkpoints. "
-      f"In the index but not in the shard it names: {_some(absent)}. "
-      f"In a shard but not in the index: {_some(extra)}. Download the folder again"
+      f"In the index but not in the shard it names: {some(absent)}. "
+      f"In a shard but not in the index: {some(extra)}. Download the folder again"
     )
 
 
@@ -270,7 +270,7 @@ def _parse_object(text: bytes, path: pathlib.Path, what: str) -> dict[str, Any]:
   return value
 
 
-def _some(names, most: int = 4) -> str:
+def some(names, most: int = 4) -> str:
   """A few of the names, and how many more there are."""
   names = list(names)
   more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -22,10 +22,10 @@ from lladax.hub.card import model_card
 from lladax.hub.families import FAMILIES, Family, family_for
 from lladax.hub.layout import Layout, lay_out, write_headers
 from lladax.hub.mapping import Row
-from lladax.hub.plan import named_leaves, tensor_shapes
+from lladax.hub.plan import abstract, named_leaves, tensor_shapes
 from lladax.hub.reader import CONFIG_FILE, DTYPES, open_folder, some
 from lladax.hub.source import SIDE_FILES, Source
-from lladax.models import ModelConfig, abstract_params
+from lladax.models import ModelConfig
 
 FORMAT_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 CARD_FILE = "README.md"
@@ -140,7 +140,7 @@ def _family_named(name: str) -> Family:
 
 
 def _require_params(config: ModelConfig, leaves: Mapping[str, Any]):
-  expected = named_leaves(abstract_params(config))
+  expected = named_leaves(abstract(config))
   wrong = [
     f"{path}: {list(np.shape(leaves[path])) if path in leaves else 'none'}, "
     f"{list(expected[path].shape) if path in expected else 'none'} by the config"

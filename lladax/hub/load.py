@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,10 +20,10 @@ import rich.progress
 
 from lladax.hub.families import family_of
 from lladax.hub.ids import settle_ids
-from lladax.hub.plan import Plan, Region, fill, make_plan, named_leaves
+from lladax.hub.plan import Plan, Region, abstract, fill, make_plan, named_leaves
 from lladax.hub.reader import Folder, open_folder
 from lladax.hub.source import Source, find, source_of
-from lladax.models import ModelConfig, abstract_params, init_variables
+from lladax.models import ModelConfig, init_variables
 from lladax.sharding import param_shardings
 
 # CPU arrays that begin at a multiple of this are used by XLA as they lie.
@@ -70,7 +71,7 @@ def load_folder(
   done: dict[str, jax.Array] = {}
   with progress_bar(plan, progress) as read:
     for paths, rows in plan.groups():
-      arrays = {path: _HostParts(plan.params[path], shardings[path]) for path in paths}
+      arrays = {path: HostParts(plan.params[path], shardings[path]) for path in paths}
       fill(plan, rows, {path: parts.buffers for path, parts in arrays.items()}, read)
       for path in paths:
         done[path] = arrays.pop(path).to_devices()
@@ -109,31 +110,32 @@ def shardings_of(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> dict[st
   """Sharding of every parameter by path."""
   if mesh is None:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return dict.fromkeys(named_leaves(abstract_params(config)), here)
-  abstract = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
-  return named_leaves(param_shardings(mesh, abstract["params"]))
+    return dict.fromkeys(named_leaves(abstract(config)), here)
+  variables = jax.eval_shape(functools.partial(init_variables, config), jax.random.key(0))
+  return named_leaves(param_shardings(mesh, variables["params"]))
 
 
 def tree_of(config: ModelConfig, arrays: Mapping[str, Any]):
   """The tree of parameters from arrays by path."""
-  abstract = abstract_params(config)
-  leaves = [arrays[path] for path in named_leaves(abstract)]
-  return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+  leaves = [arrays[path] for path in named_leaves(abstract(config))]
+  return jax.tree.unflatten(jax.tree.structure(abstract(config)), leaves)
 
 
-class _HostParts:
-  """Host buffers for the distinct parts of one parameter that this host's devices hold."""
+class HostParts:
+  """Host buffers for the distinct parts of one parameter that this host's devices hold.
 
-  def __init__(self, abstract: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
-    self.shape, self.sharding = abstract.shape, sharding
+  Attributes:
+    buffers: by region of the parameter, to be written before `to_devices`.
+  """
+
+  def __init__(self, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
+    self.shape, self.sharding = leaf.shape, sharding
     self.devices: dict[Region, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(abstract.shape).items():
-      region = tuple(
-        part.indices(size)[:2] for part, size in zip(index, abstract.shape, strict=True)
-      )
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+      region = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
       self.devices.setdefault(region, []).append(device)
     self.buffers = {
-      region: aligned_empty([stop - start for start, stop in region], abstract.dtype)
+      region: aligned_empty([stop - start for start, stop in region], leaf.dtype)
       for region in self.devices
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -72,6 +73,12 @@ def named_leaves(tree) -> dict[str, object]:
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+@functools.cache
+def abstract(config: ModelConfig):
+  """`abstract_params`, traced once for a config."""
+  return abstract_params(config)
+
+
 def make_plan(folder: Folder, *, ids: Mapping[str, int], dtype: str) -> Plan:
   """Pairs tensors and parameters, and checks names and shapes on both sides.
 
@@ -86,7 +93,7 @@ def make_plan(folder: Folder, *, ids: Mapping[str, int], dtype: str) -> Plan:
   """
   family = family_of(folder.config)
   config = family.model_config(folder.config, ids=ids, dtype=dtype)
-  params = named_leaves(abstract_params(config))
+  params = named_leaves(abstract(config))
   rows = family.rows(config, folder.tensors.keys())
   expected = tensor_shapes(rows, params)
   _require_all(folder, family, expected, _unfilled(rows, params))

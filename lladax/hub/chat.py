@@ -204,7 +204,8 @@ class Chat:
     """Ids of the prompt: what the reference's tokenizer makes of the rendered text.
 
     One difference is meant: where a message spells a special token, it gets the ids of its
-    characters, so that nobody ends a turn, or writes MASK, from inside a message.
+    characters, so that nobody ends a turn, or writes MASK, from inside a message. Added tokens that
+    the tokenizer does not mark as special (`<think>` in many) mean themselves wherever they stand.
 
     Raises:
       ValueError: as `ChatTemplate.render`.

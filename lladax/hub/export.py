@@ -19,7 +19,9 @@ import numpy as np
 
 from lladax.data import Tokenizer
 from lladax.hub.card import model_card
+from lladax.hub.chat import ChatTemplate
 from lladax.hub.families import FAMILIES, Family, family_for
+from lladax.hub.folder_tokenizer import write_folder_tokenizer
 from lladax.hub.layout import Layout, lay_out, write_headers
 from lladax.hub.mapping import Row
 from lladax.hub.plan import abstract, named_leaves, tensor_shapes
@@ -44,6 +46,7 @@ def save_folder(
   params: Any,
   family: Family | None = None,
   tokenizer: Tokenizer | None = None,
+  template: ChatTemplate | None = None,
   source: Source | None = None,
   card: str | None = None,
   max_shard_size: int = 5_000_000_000,
@@ -59,6 +62,7 @@ def save_folder(
     params: the parameters; they may be sharded over the devices of this process.
     family: whose names to use; None: the source's, else the one that has models of this config.
     tokenizer: written where the source brings none.
+    template: of chats, written with the tokenizer.
     source: of an imported model. Names, dtypes, shards and config.json are then as they were
       there, and its tokenizer files are copied.
     card: text of README.md; None: a card of the config for a model without a source.
@@ -102,7 +106,7 @@ def save_folder(
     _write_json(folder / CONFIG_FILE, hf_config)
     layout = write_headers(folder, layout, metadata)
     _write_tensors(folder, layout, rows, leaves)
-    _write_side_files(folder, config, tokenizer, source)
+    _write_side_files(folder, config, tokenizer, template, source)
     if card is None and source is None:
       card = model_card(config, name=path.name, family=family.name)
     if card is not None:
@@ -212,7 +216,11 @@ def _write_all(file, array: np.ndarray):
 
 
 def _write_side_files(
-  folder: pathlib.Path, config: ModelConfig, tokenizer: Tokenizer | None, source: Source | None
+  folder: pathlib.Path,
+  config: ModelConfig,
+  tokenizer: Tokenizer | None,
+  template: ChatTemplate | None,
+  source: Source | None,
 ):
   """Tokenizer and generation settings: the source's, else our own."""
   if source is not None:
@@ -225,15 +233,8 @@ def _write_side_files(
     ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     _write_json(folder / GENERATION_FILE, {k: v for k, v in ids.items() if v is not None})
   if tokenizer is not None:
-    tokenizer.save(folder)
-    special = {
-      name: getattr(tokenizer, name)
-      for name in ("eos_token", "pad_token", "mask_token")
-      if hasattr(tokenizer, name)
-    }
-    if special and not (folder / "tokenizer_config.json").exists():
-      special["tokenizer_class"] = "PreTrainedTokenizerFast"
-      _write_json(folder / "tokenizer_config.json", special)
+    length = config.max_position_embeddings
+    write_folder_tokenizer(folder, tokenizer, template=template, max_length=length)
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]):

@@ -27,7 +27,8 @@ from lladax.diffusion import Antithetic, Objective, Unweighted
 from lladax.experiment import Experiment, main, open_run
 from lladax.experiment import train as train_run
 from lladax.infer import Random, SamplerConfig, view
-from lladax.model import Model, load
+from lladax.loading import load
+from lladax.model import Model
 from lladax.models import count_parameters, tiny
 from lladax.moe import MoEConfig
 from lladax.sharding import make_mesh, use_mesh

@@ -7,7 +7,8 @@ print(model.generate("To be, or not to be"))
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from lladax.model import Model, init, load
+  from lladax.loading import init, load
+  from lladax.model import Model
 
 __all__ = ["Model", "init", "load"]
 
@@ -15,7 +16,7 @@ __all__ = ["Model", "init", "load"]
 def __getattr__(name):
   # On first use: a test of one small module should not import the whole house.
   if name in __all__:
-    from lladax import model
+    from lladax import loading
 
-    return getattr(model, name)
+    return getattr(loading, name)
   raise AttributeError(f"module 'lladax' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -6,33 +6,28 @@ functions of `lladax.models`, `lladax.diffusion` and `lladax.infer`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lladax.data import Tokenizer, encode_with_masks, load_tokenizer
+from lladax.data import Tokenizer, encode_with_masks
 from lladax.diffusion import log_likelihood_bound, repeat_rows
+from lladax.hub import Chat, Source, save_folder
 from lladax.infer import GenerateResult, SamplerConfig
 from lladax.infer import generate as generate_ids
 from lladax.infer import infill as infill_ids
-from lladax.models import (
-  Denoiser,
-  ModelConfig,
-  Transformer,
-  abstract_params,
-  bind_token_nll,
-  init_params,
-)
-from lladax.train import load_params
+from lladax.models import Denoiser, ModelConfig, Transformer, bind_token_nll
+from lladax.sharding import use_mesh
 from lladax.types import Batch, Logits
 
 MASK_TEXT = "<|mask|>"
-TOKENIZER_FILES = "tokenizer"  # name of the tokenizer's files within a checkpoint
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,13 +38,21 @@ class Model:
     config: the architecture.
     params: the parameters, a tree of arrays.
     tokenizer: text to ids; None for a model that is used with ids only.
-    sampler: how `generate` and `infill` decode unless told otherwise.
+    sampler: how `generate`, `infill` and `chat` decode unless told otherwise.
+    conversation: how messages become a prompt; None for a model that does not chat.
+    stop_ids: ids that end an answer besides `config.eos_token_id`, such as the end of a turn.
+    mesh: where the parameters lie; None: on one device.
+    source: the folder that the weights are from, so that `save` can write it again as it was.
   """
 
   config: ModelConfig
   params: object
   tokenizer: Tokenizer | None = None
   sampler: SamplerConfig = SamplerConfig()
+  conversation: Chat | None = None
+  stop_ids: tuple[int, ...] = ()
+  mesh: jax.sharding.Mesh | None = None
+  source: Source | None = None
 
   def logits(self, tokens) -> Logits:
     """float32 logits [B, L, V] of ids [B, L] (or one row [L], then [L, V]).
@@ -62,7 +65,8 @@ class Model:
     if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
       raise ValueError(f"expected integer ids [B, L] or [L], got {tokens.dtype}{tokens.shape}")
     self._check_ids(rows)
-    logits = _logits(self.config, self.params, jnp.asarray(rows, jnp.int32))
+    with self._on_mesh():
+      logits = _logits(self.config, self.params, jnp.asarray(rows, jnp.int32))
     return logits[0] if tokens.ndim == 1 else logits
 
   def generate(
@@ -103,6 +107,34 @@ class Model:
         raise ValueError(f"the prompt {prompt[:60]!r} contains {MASK_TEXT}; use infill for that")
     rows = [self._tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     return self._decode(generate_ids, rows, sampler, seed)
+
+  def chat(
+    self,
+    messages: str | Sequence[Mapping[str, Any]],
+    *,
+    sampler: SamplerConfig | None = None,
+    seed: int = 0,
+    **options: Any,
+  ) -> str:
+    """The assistant's answer to a conversation.
+
+    Args:
+      messages: each with a role ("system", "user", "assistant") and a content; a string is one
+        message of the user.
+      sampler, seed: as in `generate`.
+      **options: variables of the chat template, such as `tools`.
+
+    Raises:
+      ValueError: for malformed messages, a model without a chat template, or a conversation that
+        leaves no room in the context.
+    """
+    if self.conversation is None:
+      raise ValueError("this model has no chat template: it was trained on text, use generate")
+    if isinstance(messages, str):
+      messages = [{"role": "user", "content": messages}]
+    prompt = self.conversation.encode(messages, **options)
+    result = self.generate_tokens([prompt], sampler=sampler, seed=seed)
+    return self.conversation.decode(result.answers[0])
 
   def infill(
     self, text: str, *, sampler: SamplerConfig | None = None, seed: int | Sequence[int] = 0
@@ -161,7 +193,34 @@ class Model:
     if self.config.mask_token_id in ids:
       raise ValueError(f"prompt or answer contains the mask id {self.config.mask_token_id}")
     batch = _scoring_batch(ids, len(prompt), self.config.pad_token_id)
-    return float(_log_likelihood(self.config, self.params, batch, seed, mc_num=mc_num)[0])
+    with self._on_mesh():
+      return float(_log_likelihood(self.config, self.params, batch, seed, mc_num=mc_num)[0])
+
+  def save(self, path: str | os.PathLike, *, format: str = "hf", **options: Any) -> None:
+    """Writes a folder in the format of Hugging Face: weights, config, tokenizer, model card.
+
+    Args:
+      path: a folder that does not exist yet.
+      format: "hf", safetensors under the names of the model's family, which the torch
+        implementations read.
+      **options: of `lladax.hub.save_folder`, such as `max_shard_size`.
+
+    Raises:
+      ValueError: for another format, a model whose fields no family has, or an existing folder.
+    """
+    if format != "hf":
+      raise ValueError(f"unknown format {format!r}; there is 'hf'")
+    save_folder(
+      path,
+      config=self.config,
+      params=self.params,
+      tokenizer=self.tokenizer,
+      source=self.source,
+      **options,
+    )
+
+  def _on_mesh(self):
+    return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
   @property
   def _tokenizer(self) -> Tokenizer:
@@ -179,43 +238,20 @@ class Model:
   def _decode(self, decode, rows, sampler, seed) -> GenerateResult:
     for row in rows:
       self._check_ids(np.asarray(row, np.int64)[None])
-    return decode(
-      Denoiser(self.config),
-      self.params,
-      rows,
-      sampler or self.sampler,
-      mask_id=self.config.mask_token_id,
-      eos_id=self.config.eos_token_id,
-      pad_id=self.config.pad_token_id,
-      seeds=seed,
-      max_length=self.config.max_position_embeddings,
-    )
-
-
-def init(config: ModelConfig, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> Model:
-  """A model with fresh parameters."""
-  params = jax.jit(functools.partial(init_params, config))(jax.random.key(seed))
-  return Model(config=config, params=params, tokenizer=tokenizer)
-
-
-def load(path: str | os.PathLike) -> Model:
-  """The model of a workdir (its newest whole checkpoint), or of one checkpoint in it.
-
-  Raises:
-    lladax.train.CheckpointError: if there is none, or none is whole.
-  """
-  loaded = load_params(path, lambda config: _on_this_device(abstract_params(config.model)))
-  return Model(
-    config=loaded.config.model,
-    params=loaded.params,
-    tokenizer=load_tokenizer(loaded.files(TOKENIZER_FILES)),
-    sampler=loaded.config.sampler,
-  )
-
-
-def _on_this_device(abstract):
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+    if self.config.mask_token_id is None:
+      raise ValueError("this model has no mask token, so there is nothing to unmask; it can score")
+    with self._on_mesh():
+      return decode(
+        Denoiser(self.config),
+        self.params,
+        rows,
+        sampler or self.sampler,
+        mask_id=self.config.mask_token_id,
+        eos_id=(self.config.eos_token_id, *self.stop_ids),
+        pad_id=self.config.pad_token_id,
+        seeds=seed,
+        max_length=self.config.max_position_embeddings,
+      )
 
 
 def _scoring_batch(ids: np.ndarray, prompt_length: int, pad_id: int, multiple: int = 32) -> Batch:

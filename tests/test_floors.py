@@ -21,12 +21,15 @@ FLOORS = {
   "diffusion": {"types"},
   "data": {"types", "config"},
   "infer": {"types", "models.cache"},
+  "hub": {"models", "moe", "data", *GROUND},
   "train": {"models", "diffusion", "data", *GROUND},
 }
 BELOW = {*FLOORS}
 FLOORS |= {
   "model": BELOW,  # the facade
-  "lladax": {"model"},
+  "loading": {"model", *BELOW},
+  "lladax": {"model", "loading"},
+  "hub.__main__": {"lladax", "model", *BELOW},  # the command
   "generate": {"lladax", "model", *BELOW},  # the command
   "host": BELOW,
 }
@@ -34,8 +37,14 @@ FLOORS["experiment"] = {*FLOORS}
 FLOORS["experiments"] = {*FLOORS}
 
 
+# A command inside a package stands above it.
+COMMANDS = {"lladax.hub.__main__"}
+
+
 def room(module: str) -> str:
   """lladax.moe.layer -> moe; kernels_pallas.op -> kernels_pallas; lladax -> lladax."""
+  if module in COMMANDS:
+    return module.removeprefix("lladax.")
   parts = module.split(".")
   return parts[1] if parts[0] == "lladax" and len(parts) > 1 else parts[0]
 

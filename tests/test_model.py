@@ -96,7 +96,7 @@ def test_bad_input_ends_in_plain_words(model, call, message):
 
 
 def test_nothing_to_load(tmp_path):
-  with pytest.raises(ValueError, match="does not exist"):
+  with pytest.raises(ValueError, match="there is no folder"):
     lladax.load(tmp_path / "nowhere")
   with pytest.raises(ValueError, match="no checkpoint"):
     lladax.load(tmp_path)

@@ -1,0 +1,119 @@
+"""A model from wherever it is: a run of ours, a Hugging Face folder or id, an imported store."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import jax
+
+from lladax import hub
+from lladax.data import Tokenizer, load_tokenizer
+from lladax.model import Model
+from lladax.models import ModelConfig, abstract_params, init_params, init_variables
+from lladax.sharding import MeshConfig, make_mesh, param_shardings
+from lladax.train import load_params
+
+TOKENIZER_FILES = "tokenizer"  # name of the tokenizer's files within a checkpoint
+
+
+def init(config: ModelConfig, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> Model:
+  """A model with fresh parameters."""
+  params = jax.jit(functools.partial(init_params, config))(jax.random.key(seed))
+  return Model(config=config, params=params, tokenizer=tokenizer)
+
+
+def load(
+  path: str | os.PathLike,
+  *,
+  mesh: MeshConfig | jax.sharding.Mesh | None = None,
+  dtype: str | None = None,
+  ids: Mapping[str, int] | None = None,
+  progress: bool = True,
+) -> Model:
+  """A model by path or hub id.
+
+  Args:
+    path: a workdir (its newest whole checkpoint) or one checkpoint in it; a Hugging Face folder,
+      or an id like "inclusionAI/LLaDA-MoE-7B-A1B-Instruct", which is downloaded once; a folder that
+      `python -m lladax.hub import` wrote.
+    mesh: the devices that share the parameters, e.g. `MeshConfig(data=1, expert=8)`; None: the first
+      device.
+    dtype: of parameters and computation, "float32" or "bfloat16" (router, norms and logits are
+      float32 in any case); None: as saved.
+    ids: mask_token_id, eos_token_id, pad_token_id, where a Hugging Face folder does not tell.
+    progress: show a bar while weights are read.
+
+  Raises:
+    lladax.train.CheckpointError: if a workdir has no checkpoint, or none is whole.
+    lladax.hub.FolderError: if a folder is damaged, or there is nothing by this name.
+    ValueError: for an architecture that lladax does not compute.
+  """
+  if isinstance(mesh, MeshConfig):
+    mesh = make_mesh(mesh)
+  folder = pathlib.Path(path)
+  if hub.is_store(folder):
+    return _from_hub(hub.open_store(folder, mesh=mesh, dtype=dtype), mesh)
+  if (folder / "config.json").exists() or not folder.exists():
+    loaded = hub.load_folder(path, mesh=mesh, dtype=dtype, ids=ids, progress=progress)
+    return _from_hub(loaded, mesh)
+  return _from_run(path, mesh, dtype)
+
+
+def _from_hub(loaded: hub.Loaded, mesh) -> Model:
+  config, folder = loaded.config, loaded.source.path
+  ids = {name: getattr(config, name) for name in hub.IDS}
+  tokenizer = hub.read_folder_tokenizer(folder, ids=ids)
+  conversation, stop_ids = None, ()
+  if tokenizer is not None:
+    default = hub.family_of(loaded.source.config).chat_template
+    conversation = hub.Chat(tokenizer, hub.read_chat_template(folder, default=default))
+    end = conversation.template.end_of_turn
+    # A base model's tokenizer may lack the token that ends a turn: then it just does not chat.
+    if end is not None and tokenizer.engine.token_to_id(end) is None:
+      conversation = None
+    else:
+      stop_ids = (conversation.end_of_turn_id,)
+  return Model(
+    config=config,
+    params=loaded.params,
+    tokenizer=tokenizer,
+    conversation=conversation,
+    stop_ids=tuple(i for i in stop_ids if i != config.eos_token_id),
+    mesh=mesh,
+    source=loaded.source,
+  )
+
+
+def _from_run(path: str | os.PathLike, mesh, dtype: str | None) -> Model:
+  def config_of(saved) -> ModelConfig:
+    return saved.model if dtype is None else replace(saved.model, dtype=dtype, param_dtype=dtype)
+
+  loaded = load_params(path, lambda saved: _placed(config_of(saved), mesh))
+  return Model(
+    config=config_of(loaded.config),
+    params=loaded.params,
+    tokenizer=load_tokenizer(loaded.files(TOKENIZER_FILES)),
+    sampler=loaded.config.sampler,
+    mesh=mesh,
+  )
+
+
+def _placed(config: ModelConfig, mesh):
+  """Shapes, dtypes and shardings of the parameters."""
+  abstract = abstract_params(config)
+  if mesh is None:
+    shardings = jax.tree.map(
+      lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract
+    )
+  else:
+    boxed = jax.eval_shape(functools.partial(init_variables, config), jax.random.key(0))
+    shardings = param_shardings(mesh, boxed["params"])
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    abstract,
+    shardings,
+  )

@@ -128,13 +128,17 @@ class Model:
       ValueError: for malformed messages, a model without a chat template, or a conversation that
         leaves no room in the context.
     """
+    prompt = self.chat_prompt(messages, **options)
+    result = self.generate_tokens([prompt], sampler=sampler, seed=seed)
+    return self.conversation.decode(result.answers[0])
+
+  def chat_prompt(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    """Ids of a conversation up to where the assistant begins; see `chat`."""
     if self.conversation is None:
       raise ValueError("this model has no chat template: it was trained on text, use generate")
     if isinstance(messages, str):
       messages = [{"role": "user", "content": messages}]
-    prompt = self.conversation.encode(messages, **options)
-    result = self.generate_tokens([prompt], sampler=sampler, seed=seed)
-    return self.conversation.decode(result.answers[0])
+    return self.conversation.encode(messages, **options)
 
   def infill(
     self, text: str, *, sampler: SamplerConfig | None = None, seed: int | Sequence[int] = 0

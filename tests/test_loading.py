@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +148,19 @@ def test_chat_renders_generates_and_stops_at_the_end_of_the_turn(chatty):
   assert prompt[-3:] != prompt[:3] and end in prompt
   ids = model.generate_tokens([prompt], sampler=sampler).answers[0]
   assert end not in ids and answer == model.conversation.decode(ids)
+
+
+def test_the_command_answers_a_message(chatty):
+  flags = ["--set=gen_length=16", "--set=steps=8", "--set=block_length=16", "--mesh=expert=4"]
+  command = [sys.executable, "-m", "lladax.generate", f"--model={chatty}", "--json", *flags]
+  asked = [f"--chat={message}" for message in ("a plan", "a canal")]
+  done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
+  answers = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+  model = lladax.load(chatty, progress=False)
+  sampler = SamplerConfig(gen_length=16, steps=8, block_length=16)
+  assert answers == [model.chat("a plan", sampler=sampler), model.chat("a canal", sampler=sampler)]
+  both = subprocess.run([*command, *asked, "--prompt=a"], capture_output=True, text=True)
+  assert both.returncode and "give one of --prompt, --chat" in both.stderr + both.stdout
 
 
 def test_a_model_without_a_tokenizer_does_not_chat():

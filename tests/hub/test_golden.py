@@ -8,15 +8,13 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from folders import GOLDENS, NAMES, abstract, like, read
 
 from lladax.infer import LowConfidence, SamplerConfig, generate
 from lladax.models import Denoiser, Transformer, abstract_params, block_causal, full
-from lladax.models.layers import rotary_tables
-from lladax.models.transformer import Layer
+from lladax.moe import TopKSoftmax
 
 DECODED = ("lladamoe_tiny", "llada_dense")
 
@@ -70,51 +68,43 @@ def test_llada2_golden_with_equal_scores():
   assert_close(logits_of(config, silent, golden["tokens"]), golden["logits"])
 
 
-def choices(config, params, tokens):
-  """bool[n, T, E]: the experts that each routed layer chooses for each token."""
-  x = params["embed/embedding"][tokens].astype(config.dtype)
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  rotary = rotary_tables(positions, config.rotary_size, config.rope_theta, x.dtype)
-  layer = Layer(config, routed=True)
-  stack = tree(config, params)["layers"]
+def run_and_watch(config, params, tokens, monkeypatch):
+  """Logits, and bool[n, T, E]: the experts that each routed layer chooses for each token."""
   chosen = []
-  for n in range(config.num_hidden_layers):
-    parameters = jax.tree.map(lambda p, n=n: jnp.asarray(p[n]), stack)
-    (x, _), state = layer.apply(
-      {"params": parameters},
-      jnp.asarray(x),
-      rotary,
-      full(),
-      capture_intermediates=lambda module, _: module.name == "ffn_norm",
-      mutable="intermediates",
-    )
-    (y,) = state["intermediates"]["ffn_norm"]["__call__"]
-    logits = y.astype(jnp.float32) @ parameters["moe"]["router"]
-    routing = config.moe.router(
-      logits.reshape(-1, logits.shape[-1]), config.moe.num_experts_per_tok
-    )
-    chosen.append((routing.experts[..., None] == jnp.arange(config.moe.num_experts)).any(1))
-  return np.stack(chosen)
+  route = TopKSoftmax.__call__
+
+  def watched(self, logits, k, bias=None):
+    routing = route(self, logits, k, bias)
+    jax.debug.callback(lambda experts: chosen.append(np.asarray(experts)), routing.experts,
+                       ordered=True)  # fmt: skip
+    return routing
+
+  with monkeypatch.context() as patch:
+    patch.setattr(TopKSoftmax, "__call__", watched)
+    logits = logits_of(config, params, tokens)
+    jax.effects_barrier()
+  return logits, (np.stack(chosen)[..., None] == np.arange(config.moe.num_experts)).any(2)
 
 
-def test_bfloat16_flips_few_choices():
+def test_bfloat16_flips_few_choices(monkeypatch):
   _, config, _, params, golden = read("lladamoe_tiny")
   _, rounded_config, _, rounded, _ = read("lladamoe_tiny", "bfloat16")
   assert rounded_config == dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
-  exact = choices(config, params, golden["tokens"])
-  flipped = exact & ~choices(rounded_config, rounded, golden["tokens"])
-  error = np.abs(logits_of(rounded_config, rounded, golden["tokens"]) - golden["logits"])
+  tokens, k = golden["tokens"], config.moe.num_experts_per_tok
+  _, exact = run_and_watch(config, params, tokens, monkeypatch)
+  logits, choices = run_and_watch(rounded_config, rounded, tokens, monkeypatch)
+  assert exact.sum() == choices.sum() == tokens.size * k * config.num_hidden_layers
+  flipped = exact & ~choices
+  error = np.abs(logits - golden["logits"])
   print(
     f"bfloat16: {flipped.sum()} of {exact.sum()} choices of experts flipped, by layer "
     f"{flipped.sum((1, 2)).tolist()}; logits off by {error.mean():.4f} on average, {error.max():.3f}"
     " at most"
   )
-  k = config.moe.num_experts_per_tok
-  assert exact.sum() == golden["tokens"].size * k * config.num_hidden_layers
   assert flipped.sum() <= 0.05 * exact.sum()
-  # A token whose experts flip somewhere is off by as much as an expert contributes; others are not.
-  steady = ~flipped.any((0, 2)).reshape(golden["tokens"].shape)
-  assert error[steady].mean() < 0.03
+  # Another expert moves the logits of its token more than rounding does.
+  steady = ~flipped.any((0, 2)).reshape(tokens.shape)
+  assert error[steady].max() < 0.25
 
 
 def test_bfloat16_keeps_norms_and_router_in_float32():

@@ -151,7 +151,7 @@ def test_chat_renders_generates_and_stops_at_the_end_of_the_turn(chatty):
 
 
 def test_the_command_answers_a_message(chatty):
-  flags = ["--set=gen_length=16", "--set=steps=8", "--set=block_length=16", "--mesh=expert=4"]
+  flags = ["--set=gen_length=16", "--set=steps=8", "--set=block_length=16", "--mesh=expert=1"]
   command = [sys.executable, "-m", "lladax.generate", f"--model={chatty}", "--json", *flags]
   asked = [f"--chat={message}" for message in ("a plan", "a canal")]
   done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)

@@ -111,7 +111,7 @@ class Llada2(Family):
       "torch_dtype": config.param_dtype,
       "use_bias": False,
       "use_cache": False,
-      "use_qk_norm": config.qk_norm,
+      "use_qk_norm": True,
       "use_qkv_bias": config.attention_bias,
       "use_rmsnorm": True,
       "use_sliding_window": False,

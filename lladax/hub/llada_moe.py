@@ -72,7 +72,7 @@ class LladaMoe(Family):
     routed = config.num_routed_layers
     return {
       "architectures": [self.architectures[0]],
-      "attention_bias": config.attention_bias,
+      "attention_bias": False,
       "attention_dropout": 0.0,
       "auto_map": {
         "AutoConfig": "configuration_lladamoe.LLaDAConfig",

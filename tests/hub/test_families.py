@@ -1,0 +1,413 @@
+"""config.json and names of every family, both ways, and what is refused."""
+
+import dataclasses
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from folders import IDS, NAMES, abstract, config_json, export_tensors, import_tensors, read
+
+from lladax.hub.families import FAMILIES, family_for, family_of
+from lladax.hub.family import architecture
+from lladax.models import (
+  ModelConfig,
+  count_parameters,
+  dream_7b,
+  llada2_flash,
+  llada2_mini,
+  llada_8b,
+  llada_moe_7b_a1b,
+  qwen2_5,
+  tiny,
+)
+from lladax.moe import Exchange, MoEConfig, SigmoidBias, TopKSoftmax
+
+FAMILY_OF_GOLDEN = dict(zip(NAMES, ("llada_moe", "llada", "llada2", "dream", "qwen2"), strict=True))
+BY_NAME = {family.name: family for family in FAMILIES}
+PRESETS = {
+  "llada_moe": llada_moe_7b_a1b(),
+  "llada": llada_8b(),
+  "llada2": llada2_mini(),
+  "llada2 flash": llada2_flash(),
+  "dream": dream_7b(),
+  "qwen2": qwen2_5("7b"),
+  "qwen2 tied": qwen2_5("0.5b"),
+}
+
+
+def ids_of(config: ModelConfig) -> dict:
+  ids = {key: getattr(config, key) for key in IDS}
+  return {key: value for key, value in ids.items() if value is not None}
+
+
+def model_of(config: dict, **changes) -> ModelConfig:
+  changed = {**config, **changes}
+  return family_of(changed).model_config(changed, ids=IDS, dtype="float32")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_there_and_back_are_the_same_bytes(name):
+  family, config, tensors, params, _ = read(name)
+  assert family.name == FAMILY_OF_GOLDEN[name]
+  back = export_tensors(family, config, params, tensors)
+  assert back.keys() == tensors.keys()
+  for key, tensor in tensors.items():
+    assert (back[key].dtype, back[key].shape) == (tensor.dtype, tensor.shape)
+    assert back[key].tobytes() == tensor.tobytes()
+
+
+def fused(tensors: dict, joined: bool) -> dict:
+  """Experts as dInfer joins them (w1, w2), or as dFactory stacks them."""
+  experts = [name for name in tensors if ".experts." in name]
+  fused = {name: x for name, x in tensors.items() if name not in experts}
+  layers = {name.split("experts.")[0] for name in experts}
+  for layer in layers:
+    number = 1 + max(int(re.search(r"experts\.(\d+)", name)[1]) for name in experts)
+
+    def stack(part, layer=layer, number=number):
+      return np.stack([tensors[f"{layer}experts.{e}.{part}_proj.weight"] for e in range(number)])
+
+    if joined:
+      fused[layer + "w1"] = np.concatenate([stack("gate"), stack("up")], axis=1)
+      fused[layer + "w2"] = stack("down")
+    else:
+      fused |= {f"{layer}experts.{part}_proj": stack(part) for part in ("gate", "up", "down")}
+  return fused
+
+
+@pytest.mark.parametrize(
+  ("name", "joined", "says"),
+  [
+    ("lladamoe_tiny", True, {"architectures": ["FusedLLaDAMoEModelLM"]}),
+    ("llada2_moe", False, {"model_type": "llada2_moe_veomni"}),
+  ],
+)
+def test_fused_experts_are_the_same_model(name, joined, says):
+  family, config, tensors, params, _ = read(name)
+  assert family_of({**config_json(name), **says}) is family
+  other = fused(tensors, joined)
+  assert len(other) < len(tensors)
+  values = import_tensors(family, config, other)
+  for path, value in params.items():
+    np.testing.assert_array_equal(values[path], value)
+  back = export_tensors(family, config, values, other)
+  assert {key: x.tobytes() for key, x in back.items()} == {
+    key: x.tobytes() for key, x in other.items()
+  }
+  # Without the names of a folder, the published form.
+  assert export_tensors(family, config, values).keys() == tensors.keys()
+
+
+def test_llada_moe_has_the_published_tensors():
+  config = PRESETS["llada_moe"]
+  shapes = tensor_shapes(config)
+  assert len(shapes) == 3219
+  layer = "model.layers.15."
+  for name, shape in {
+    "model.embed_tokens.weight": (157_184, 2048),
+    "lm_head.weight": (157_184, 2048),
+    layer + "self_attn.o_proj.weight": (2048, 2048),
+    layer + "self_attn.k_norm.weight": (128,),
+    layer + "mlp.gate.weight": (64, 2048),
+    layer + "mlp.experts.63.up_proj.weight": (1024, 2048),
+    layer + "mlp.experts.63.down_proj.weight": (2048, 1024),
+  }.items():
+    assert shapes[name] == shape
+  mini = tensor_shapes(PRESETS["llada2"])
+  assert mini["model.layers.1.attention.query_key_value.weight"] == (3072, 2048)
+  assert "lm_head.weight" not in tensor_shapes(PRESETS["qwen2 tied"])
+
+
+def tensor_shapes(config) -> dict:
+  shapes = {path: x.shape for path, x in abstract(config).items()}
+  found = {}
+  for row in family_for(config).rows(config):
+    expected = row.tensor_shapes(shapes)
+    for _, _, names in row.names():
+      found.update(zip(names, expected, strict=True))
+  return found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+  config, family = PRESETS[name], BY_NAME[name.split()[0]]
+  assert family_for(config) is family
+  said = family.hf_config(config)
+  assert family_of(said) is family
+  back = family.model_config(said, ids=ids_of(config), dtype=config.dtype)
+  assert architecture(back) == architecture(config)
+  assert back.dtype == back.param_dtype == "bfloat16"
+  elements = sum(int(np.prod(shape)) for shape in tensor_shapes(config).values())
+  assert elements == count_parameters(config).total
+  published = dict(family.published_ids)
+  assert published == ids_of(config)
+
+
+# What is known of the released files, keys that we do not read left out.
+RELEASED = {
+  "llada_moe": {
+    "architectures": ["LLaDAMoEModelLM"],
+    "model_type": "llada",
+    "vocab_size": 157_184,
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "expert_intermediate_size": 1024,
+    "dense_intermediate_size": 8192,
+    "shared_expert_intermediate_size": None,
+    "moe_layer_freq": [1] * 16,
+    "hidden_act": "silu",
+    "qk_layernorm": True,
+    "partial_rotary_factor": 1,
+    "rope_theta": 50_000,
+    "max_position_embeddings": 8192,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-05,
+    "attention_bias": False,
+    "clip_qkv": None,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False,
+  },
+  "llada2": {
+    "architectures": ["LLaDA2MoeModelLM"],
+    "model_type": "llada2_moe",
+    "vocab_size": 157_184,
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 20,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 512,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "rotary_dim": 64,
+    "rope_theta": 600_000,
+    "rms_norm_eps": 1e-06,
+    "max_position_embeddings": 16_384,
+    "use_bias": False,
+    "use_qkv_bias": False,
+  },
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configs_are_the_presets(name):
+  config = RELEASED[name]
+  ids = BY_NAME[name].published_ids
+  model = family_of(config).model_config(config, ids=ids, dtype="bfloat16")
+  assert architecture(model) == architecture(PRESETS[name])
+
+
+def test_newer_files_keep_theta_elsewhere():
+  config = dict(config_json("qwen2_ar"))
+  theta = config.pop("rope_theta")
+  inner = {"rope_type": "default", "rope_theta": theta}
+  assert model_of(config, rope_parameters=inner) == read("qwen2_ar")[1]
+  with pytest.raises(ValueError, match="rope_theta is missing"):
+    model_of(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model_type": "mamba"}, "model_type 'mamba', which contradict each other"),
+    ({"architectures": ["MambaForCausalLM"]}, "no architecture that lladax knows.*llada2"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling is .*yarn"),
+    ({"attention_dropout": 0.1}, "attention_dropout is 0.1; lladax computes 0 there"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; a number is expected"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+    ({"vocab_size": True, "embedding_size": None}, "vocab_size is True; a whole number"),
+    ({"layer_types": ["sliding_attention"] * 2}, "layer_types is .*whole sequence"),
+    ({"use_sliding_window": True}, "use_sliding_window is True; .*whole sequence"),
+  ],
+)
+def test_every_family_refuses(name, changes, message):
+  with pytest.raises(ValueError, match=message):
+    model_of(config_json(name), **changes)
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "message"),
+  [
+    ("lladamoe_tiny", {"clip_qkv": 8.0}, "clip_qkv is 8.0; lladax computes nothing but null"),
+    ("lladamoe_tiny", {"moe_layer_freq": [1, 0]}, r"moe_layer_freq is \[1, 0\]; 2 flags"),
+    ("lladamoe_tiny", {"moe_layer_freq": [1]}, "moe_layer_freq"),
+    ("lladamoe_tiny", {"router_num_group": 4}, "router_num_group is 4"),
+    ("lladamoe_tiny", {"moe_router_score_function": "sigmoid"}, "score_function is 'sigmoid'"),
+    ("llada_dense", {"alibi": True}, "alibi is True"),
+    ("llada_dense", {"block_type": "sequential"}, "block_type is 'sequential'; .*'llama'"),
+    ("llada_dense", {"rope": None}, "rope is None; lladax computes True"),
+    ("llada_dense", {"weight_tying": None}, "weight_tying is missing; a true or false"),
+    ("llada_dense", {"d_model": None, "num_experts": 8}, "d_model is missing"),
+    ("llada2_moe", {"score_function": "softmax"}, "score_function is 'softmax'"),
+    ("llada2_moe", {"rotary_dim": 8}, "rotary_dim is 8, but partial_rotary_factor=0.5"),
+    ("llada2_moe", {"n_group": 4, "topk_group": 5}, "topk_group"),
+    ("dream", {"attention_bias": False}, "attention_bias is False"),
+    ("qwen2_ar", {"use_mrope": True}, "use_mrope is True"),
+    ("qwen2_ar", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+  ],
+)
+def test_refused(name, changes, message):
+  with pytest.raises(ValueError, match=message):
+    model_of(config_json(name), **changes)
+
+
+def test_a_name_without_its_key_is_refused():
+  config = {key: x for key, x in config_json("llada_dense").items() if key != "d_model"}
+  with pytest.raises(ValueError, match="but no d_model, which every llada model has"):
+    family_of(config)
+
+
+def test_model_type_alone_is_told_apart_by_keys():
+  for name in NAMES:
+    config = {key: x for key, x in config_json(name).items() if key != "architectures"}
+    assert family_of(config).name == FAMILY_OF_GOLDEN[name]
+  with pytest.raises(ValueError, match="model_type 'llada', which is no architecture"):
+    family_of({"model_type": "llada"})
+
+
+@pytest.mark.parametrize(
+  ("name", "tensor", "message"),
+  [
+    ("lladamoe_tiny", "model.layers.0.mlp.expert_bias", "has an expert bias"),
+    ("lladamoe_tiny", "model.layers.0.mlp.shared_expert.gate_proj.weight", "has a shared expert"),
+    ("llada_dense", "model.transformer.blocks.0.q_proj.bias", "has biases of the attention"),
+    ("llada2_moe", "model.layers.0.attention.query_key_value.bias", "has biases of the attention"),
+  ],
+)
+def test_tensors_that_the_config_denies(name, tensor, message):
+  family, config, tensors, _, _ = read(name)
+  with pytest.raises(ValueError, match=f"{message} \\({tensor}\\).*config.json"):
+    family.rows(config, {*tensors, tensor})
+
+
+def test_options_of_llada_moe():
+  config = model_of(
+    config_json("lladamoe_tiny"),
+    moe_router_enable_expert_bias=True,
+    shared_expert_intermediate_size=16,
+    moe_layer_freq=[0, 1],
+  )
+  shapes = tensor_shapes(config)
+  assert shapes["model.layers.1.mlp.expert_bias"] == (8,)
+  assert shapes["model.layers.1.mlp.shared_expert.down_proj.weight"] == (32, 16)
+  assert shapes["model.layers.0.mlp.down_proj.weight"] == (32, 96)
+  assert not any(name.startswith("model.layers.0.mlp.experts") for name in shapes)
+
+
+@st.composite
+def models(draw):
+  """Any small model, most of which no family has."""
+  heads, kv_heads = draw(st.sampled_from([(4, 4), (4, 2), (2, 1)]))
+  routed = draw(st.booleans())
+  router = draw(
+    st.sampled_from(
+      [
+        TopKSoftmax(),
+        TopKSoftmax(expert_bias=True),
+        TopKSoftmax(norm_topk_prob=True),
+        TopKSoftmax(routed_scaling_factor=2.0),
+        SigmoidBias(),
+        SigmoidBias(n_group=4, topk_group=2, routed_scaling_factor=2.5),
+        SigmoidBias(norm_topk_prob=False),
+      ]
+    )
+  )
+  moe = MoEConfig(
+    num_experts=8,
+    num_experts_per_tok=draw(st.sampled_from([1, 2])),
+    expert_intermediate_size=8,
+    shared_expert_intermediate_size=draw(st.sampled_from([None, 8, 12, 16])),
+    router=router,
+  )
+  causal = draw(st.booleans())
+  return ModelConfig(
+    vocab_size=32,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=heads,
+    num_key_value_heads=kv_heads,
+    head_dim=draw(st.sampled_from([None, 16 // heads, 8])),
+    intermediate_size=24,
+    moe=moe if routed else None,
+    first_k_dense=draw(st.integers(0, 1)) if routed else 0,
+    partial_rotary_factor=draw(st.sampled_from([1.0, 0.5])),
+    rope_theta=draw(st.sampled_from([1e4, 5e5])),
+    qk_norm=draw(st.booleans()),
+    attention_bias=draw(st.booleans()),
+    causal=causal,
+    shift=draw(st.booleans()),
+    tie_word_embeddings=draw(st.booleans()),
+    mask_token_id=draw(st.sampled_from([None, 3] if causal else [3])),
+    eos_token_id=1,
+    pad_token_id=2,
+  )
+
+
+def test_a_model_has_a_family_or_a_reason():
+  seen = set()
+
+  @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+  @hypothesis.given(models())
+  def law(config):
+    try:
+      family = family_for(config)
+    except ValueError as error:
+      seen.add(None)
+      assert all(f"{family.name} has no " in str(error) for family in FAMILIES)
+      return
+    seen.add(family.name)
+    said = family.hf_config(config)
+    assert family_of(said) is family
+    back = family.model_config(said, ids=ids_of(config), dtype="float32")
+    assert architecture(back) == architecture(config)
+    shapes = {path: x.shape for path, x in abstract(back).items()}
+    assert shapes == {path: x.shape for path, x in abstract(config).items()}
+
+  law()
+  assert {None, "llada_moe"} <= seen
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"shift": True}, "llada_moe has no shift=True"),
+    ({"partial_rotary_factor": 0.5}, "llada_moe has no partial_rotary_factor=0.5"),
+    ({"attention_bias": True}, "llada_moe has no attention_bias=True"),
+    ({"head_dim": 32}, "llada_moe has no head_dim=32"),
+  ],
+)
+def test_the_reason_names_the_field(changes, message):
+  with pytest.raises(ValueError, match=message):
+    family_for(tiny(**changes))
+
+
+def test_the_reason_names_the_router():
+  moe = dataclasses.replace(tiny().moe, router=TopKSoftmax(norm_topk_prob=True))
+  with pytest.raises(ValueError, match=r"llada_moe has no moe.router=TopKSoftmax\(norm_topk_prob"):
+    family_for(tiny(moe=moe))
+
+
+def test_a_home_does_not_depend_on_how_it_is_computed():
+  class Other(Exchange):
+    def __call__(self, *args, **kwargs):
+      raise AssertionError
+
+  moe = dataclasses.replace(tiny().moe, exchange=Other(), implementation="reference")
+  config = tiny(moe=moe, remat="full", scan_unroll=2, dtype="bfloat16", param_dtype="bfloat16")
+  assert family_for(config) is BY_NAME["llada_moe"]

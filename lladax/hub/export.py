@@ -24,7 +24,7 @@ from lladax.hub.families import FAMILIES, Family, family_for
 from lladax.hub.folder_tokenizer import write_folder_tokenizer
 from lladax.hub.layout import Layout, lay_out, write_headers
 from lladax.hub.mapping import Row
-from lladax.hub.plan import abstract, named_leaves, tensor_shapes
+from lladax.hub.plan import abstract, contiguous, named_leaves, tensor_shapes
 from lladax.hub.reader import CONFIG_FILE, DTYPES, open_folder, some
 from lladax.hub.source import SIDE_FILES, Source
 from lladax.models import ModelConfig
@@ -200,9 +200,7 @@ def _to_host(param: Any, layer: int | None) -> np.ndarray:
 
 def _as_stored(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Contiguous bytes of the tensor in that dtype."""
-  tensor = tensor.astype(dtype, copy=False)
-  if dtype.itemsize == 2:
-    tensor = tensor.view(np.uint16)  # NumPy copies its own types faster than bfloat16
+  tensor = contiguous(tensor.astype(dtype, copy=False))
   return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
 
 

@@ -207,7 +207,7 @@ def fill(
     except ValueError as error:
       raise FolderError(f"{plan.folder.path}, {', '.join(part.names)}: {error}") from error
     for path, value in zip(part.row.params, slices, strict=True):
-      value = value[(None,) * len(part.lead)]
+      value = contiguous(value)[(None,) * len(part.lead)]
       for region, buffer in buffers[path].items():
         _copy_overlap(buffer, region, value, part.region(shapes[path]))
     read(sum(tensor.nbytes for tensor in tensors))
@@ -246,6 +246,21 @@ def _part_axis(row: Row) -> int | None:
   first = left[0]
   plain = first.isidentifier() and first in right and first not in dict(row.sizes)
   return right.index(first) if plain else None
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+  """The array with its elements in order; XLA transposes some eight times faster than NumPy."""
+  if array.flags.c_contiguous or array.dtype.itemsize > 4 or (cpu := _cpu()) is None:
+    return array
+  return np.asarray(jax.device_put(array, cpu))
+
+
+@functools.cache
+def _cpu() -> jax.Device | None:
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
+    return None
 
 
 def _overlap(a: Region, b: Region) -> bool:

@@ -26,7 +26,7 @@ Region = tuple[tuple[int, int], ...]
 
 # Larger tensors are read in parts where their row allows it, so that what is in flight between
 # file and buffer stays small beside the buffer.
-PART_BYTES = 16 << 20
+PART_BYTES = 4 << 20
 # Tensors that are there, but that the config gives no place to: what they mean.
 HINTS = (
   ("expert_bias", "config.json asks for no expert bias (moe_router_enable_expert_bias)"),

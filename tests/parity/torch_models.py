@@ -41,7 +41,7 @@ class Relative:
 
   def config(self, seed: int) -> ModelConfig:
     """A random small config."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng([seed, *self.model.encode()])
     heads, kv_heads = [(4, 4), (4, 2), (4, 1), (2, 2)][random.integers(4)]
     return ModelConfig(
       **{

@@ -71,9 +71,9 @@ def run():
     result = model.generate_tokens(prompts, sampler=sampler, seed=FLAGS.seed)
   for row, answer in enumerate(result.answers):
     prompt = FLAGS.infill or (FLAGS.prompt or FLAGS.chat)[row]
-    text = model.tokenizer.decode(answer)
+    text = model.decode(answer)
     if FLAGS.watch:
-      view.show(result, model.tokenizer.decode, row=row, title=prompt)
+      view.show(result, model.decode, row=row, title=prompt)
     if FLAGS.json:
       print(json.dumps({"prompt": prompt, "text": text, "nfe": int(result.nfe[row])}))
     elif not FLAGS.watch:

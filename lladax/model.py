@@ -91,8 +91,13 @@ class Model:
     """
     rows = [prompts] if isinstance(prompts, str) else list(prompts)
     answers = self.generate_tokens(rows, sampler=sampler, seed=seed).answers
-    texts = [self._tokenizer.decode(answer) for answer in answers]
+    texts = [self.decode(answer) for answer in answers]
     return texts[0] if isinstance(prompts, str) else texts
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text of ids. Ids without a token (embeddings are padded to round sizes) stand for nothing."""
+    known = self._tokenizer.vocab_size
+    return self._tokenizer.decode([i for i in ids if i < known])
 
   def generate_tokens(
     self,
@@ -130,7 +135,7 @@ class Model:
     """
     prompt = self.chat_prompt(messages, **options)
     result = self.generate_tokens([prompt], sampler=sampler, seed=seed)
-    return self.conversation.decode(result.answers[0])
+    return self.decode(result.answers[0])
 
   def chat_prompt(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
     """Ids of a conversation up to where the assistant begins; see `chat`."""
@@ -149,7 +154,7 @@ class Model:
       ValueError: if there is nothing to fill, or the text is longer than the context.
     """
     result = self.infill_tokens([text], sampler=sampler, seed=seed)
-    return self._tokenizer.decode(result.answers[0])
+    return self.decode(result.answers[0])
 
   def infill_tokens(
     self,

@@ -116,10 +116,22 @@ def param_shardings(mesh: Mesh, abstract_variables):
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-  """Pins an activation to the mesh by logical names; the identity outside `use_mesh`."""
+  """Pins an activation to the mesh by logical names; the identity outside `use_mesh`.
+
+  An axis that its devices cannot share equally (a batch of one) is held by each of them.
+  """
   if not nn.get_logical_axis_rules():
     return x
-  return nn.with_logical_constraint(x, logical_axes)
+  mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+
+  def divides(size: int, name: str | None) -> bool:
+    axes = rules.get(name) or ()
+    axes = (axes,) if isinstance(axes, str) else axes
+    return size % math.prod(mesh.shape.get(axis, 1) for axis in axes) == 0
+
+  pairs = zip(x.shape, logical_axes, strict=True)
+  names = tuple(name if divides(size, name) else None for size, name in pairs)
+  return nn.with_logical_constraint(x, names)
 
 
 def over_batch_shards(f, sharded: tuple[bool, ...]):

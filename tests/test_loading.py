@@ -147,11 +147,18 @@ def test_chat_renders_generates_and_stops_at_the_end_of_the_turn(chatty):
   prompt = model.conversation.encode([{"role": "user", "content": "a plan"}])
   assert prompt[-3:] != prompt[:3] and end in prompt
   ids = model.generate_tokens([prompt], sampler=sampler).answers[0]
-  assert end not in ids and answer == model.conversation.decode(ids)
+  assert end not in ids and answer == model.decode(ids) == model.conversation.decode([*ids, end, 5])
+
+
+def test_ids_without_a_token_stand_for_nothing(chatty):
+  model = lladax.load(chatty, progress=False)
+  ids = model.tokenizer.encode("a plan")
+  assert model.tokenizer.vocab_size < model.config.vocab_size - 1
+  assert model.decode([*ids[:2], model.config.vocab_size - 1, *ids[2:]]) == "a plan"
 
 
 def test_the_command_answers_a_message(chatty):
-  flags = ["--set=gen_length=16", "--set=steps=8", "--set=block_length=16", "--mesh=expert=1"]
+  flags = ["--set=gen_length=16", "--set=steps=8", "--set=block_length=16", "--mesh=expert=4"]
   command = [sys.executable, "-m", "lladax.generate", f"--model={chatty}", "--json", *flags]
   asked = [f"--chat={message}" for message in ("a plan", "a canal")]
   done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)

@@ -103,3 +103,12 @@ def test_each_device_computes_its_own_rows(rows, seen):
   shapes.clear()
   run(x, factor)  # no mesh: the function itself
   assert shapes == [((rows, 3), (3,))]
+
+
+def test_constrain_leaves_whole_what_the_devices_cannot_share_equally():
+  with use_mesh(make_mesh(MeshConfig(data=2, fsdp=2, expert=2))):
+    run = jax.jit(lambda x: constrain(x, "batch", "mlp"))
+    for rows in (1, 3, 8):
+      y = run(jnp.ones((rows, 4)))
+      parts = {shard.data.shape[0] for shard in y.addressable_shards}
+      assert parts == ({1} if rows in (1, 8) else {3})

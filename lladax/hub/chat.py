@@ -151,11 +151,12 @@ def read_chat_template(folder: str | os.PathLike, *, default: str) -> ChatTempla
   config = tokenizer_config(folder)
   tokens = tuple((name, token) for name in TOKEN_NAMES if (token := token_text(config.get(name))))
   file = folder / "chat_template.jinja"
-  source = (
-    file.read_text(encoding="utf-8")
-    if file.exists()
-    else _configured(folder, config.get("chat_template"))
-  )
+  try:
+    source = file.read_text(encoding="utf-8") if file.exists() else None
+  except UnicodeDecodeError as error:
+    raise FolderError(f"{file} is not text: {error}") from None
+  if source is None:
+    source = _configured(folder, config.get("chat_template"))
   if source is None:
     return dataclasses.replace(BUILT_IN[default], special_tokens=tokens)
   end = next((token for token in ENDS_OF_TURN if token in source), None)
@@ -255,7 +256,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
 def _configured(folder: pathlib.Path, entry: Any) -> str | None:
   """The template in `tokenizer_config.json`: text, or a list of named ones with a default."""
   if isinstance(entry, list):
-    named = {e.get("name"): e.get("template") for e in entry if isinstance(e, Mapping)}
+    named = {str(e.get("name")): e.get("template") for e in entry if isinstance(e, Mapping)}
     entry = named.get("default", next(iter(named.values()), None) if len(named) == 1 else None)
     if entry is None:
       raise FolderError(

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lladax.data.tokenizer import EOS_TOKEN, MASK_TOKEN, Bytes, JsonTokenizer, Tokenizer
 from lladax.hub.chat import ChatTemplate
-from lladax.hub.ids import added_entries, read_optional
+from lladax.hub.ids import added_entries, listed_entries, read_optional
 from lladax.hub.reader import FolderError
 
 VOCABULARY = "tokenizer.json"
@@ -146,7 +146,7 @@ def _describe(folder: pathlib.Path) -> dict[str, Any] | None:
         "reference's tokenizer: save_pretrained of a fast tokenizer of transformers"
       )
     return None
-  added = {entry["content"]: entry for entry in description.get("added_tokens") or []}
+  added = {entry["content"]: entry for entry in listed_entries(folder, description)}
   for entry in added_entries(folder):
     # The ids of tokenizer.json count, the flags of tokenizer_config.json: so does transformers.
     added[entry["content"]] = {**entry, "id": added.get(entry["content"], entry)["id"]}
@@ -174,11 +174,15 @@ def _describe_merges(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def _vocabulary(folder: pathlib.Path, description: Mapping[str, Any]) -> dict[str, int]:
   """Ids by token of the model within the description, without added tokens."""
-  vocabulary = (description.get("model") or {}).get("vocab")
+  model = description.get("model")
+  vocabulary = model.get("vocab") if isinstance(model, dict) else None
   if isinstance(vocabulary, list):  # Unigram: pieces with scores
-    vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    pieces = [entry[0] if isinstance(entry, list) and entry else None for entry in vocabulary]
+    vocabulary = {piece: i for i, piece in enumerate(pieces) if isinstance(piece, str)}
   if not isinstance(vocabulary, dict) or not vocabulary:
     raise FolderError(f"{folder}: {VOCABULARY} has no model with a vocabulary")
+  if bad := [token for token, i in vocabulary.items() if type(i) is not int or i < 0]:
+    raise FolderError(f"{folder}: {VOCABULARY} gives {bad[0]!r} the id {vocabulary[bad[0]]!r}")
   return vocabulary
 
 

@@ -128,12 +128,25 @@ def added_tokens(folder: str | os.PathLike) -> dict[str, int]:
     tokens[content] = _token_id(folder, "added_tokens.json", content, i)
   for entry in added_entries(folder):
     tokens[entry["content"]] = entry["id"]
-  for entry in read_optional(folder, "tokenizer.json").get("added_tokens") or []:
-    content = token_text(entry)
-    if content is None:
-      raise FolderError(f"{folder}: tokenizer.json has an added token without content: {entry!r}")
-    tokens[content] = _token_id(folder, "tokenizer.json", content, entry.get("id"))
+  for entry in listed_entries(folder, read_optional(folder, "tokenizer.json")):
+    tokens[entry["content"]] = entry["id"]
   return tokens
+
+
+def listed_entries(folder: str | os.PathLike, description: Mapping[str, Any]) -> list[dict]:
+  """`added_tokens` of a tokenizer.json's content.
+
+  Raises:
+    FolderError: if one has no content or no id.
+  """
+  entries = description.get("added_tokens") or []
+  if not isinstance(entries, list):
+    raise FolderError(f"{folder}: added_tokens in tokenizer.json is no list but {entries!r}")
+  for entry in entries:
+    if not isinstance(entry, dict) or (content := token_text(entry)) is None:
+      raise FolderError(f"{folder}: tokenizer.json has an added token without content: {entry!r}")
+    _token_id(folder, "tokenizer.json", content, entry.get("id"))
+  return entries
 
 
 def added_entries(folder: str | os.PathLike) -> list[dict[str, Any]]:

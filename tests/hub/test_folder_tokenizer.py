@@ -200,6 +200,51 @@ def test_a_damaged_tokenizer_is_named(tmp_path, change, message):
     read_folder_tokenizer(tmp_path, ids=ids(mask=300, eos=description["added_tokens"][0]["id"]))
 
 
+ANYTHING = st.recursive(
+  st.none() | st.booleans() | st.integers(-2, 300) | st.floats() | st.text(max_size=3),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+  max_leaves=4,
+)
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(data=st.data(), name=st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
+def test_damage_anywhere_is_an_error_that_names_the_folder_or_does_no_harm(tmp_path, data, name):
+  """One place of one file holds anything, or the file breaks off."""
+  files = {
+    "tokenizer.json": small(["<eos>", "<|mask|>"]),
+    "tokenizer_config.json": {
+      "eos_token": "<eos>",
+      "bos_token": {"content": "<s>", "special": True},
+      "added_tokens_decoder": {"258": {"content": "<s>", "special": True}},
+      "chat_template": [{"name": "default", "template": "{{ bos_token }}"}],
+    },
+  }
+  files["tokenizer.json"]["model"]["vocab"] = {"a": 0, "b": 1}
+  files["tokenizer.json"]["added_tokens"] = [
+    {**entry, "id": entry["id"] - 254} for entry in files["tokenizer.json"]["added_tokens"]
+  ]
+  place = files[name]
+  while True:
+    key = data.draw(
+      st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place)))
+    )
+    if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+      break
+    place = place[key]
+  place[key] = data.draw(ANYTHING)
+  texts = {file: json.dumps(content) for file, content in files.items()}
+  texts[name] = texts[name][: data.draw(st.integers(0, 2 * len(texts[name])))]
+  for file, text in texts.items():
+    (tmp_path / file).write_text(text)
+  try:
+    settled = settle_ids(tmp_path, {"vocab_size": 300}, published=ids(3, 2))
+    read_folder_tokenizer(tmp_path, ids=settled)
+    read_chat_template(tmp_path, default="llada")
+  except ValueError as error:
+    assert str(tmp_path) in str(error)
+
+
 def test_vocab_and_merges_are_read_as_their_tokenizer_json(tmp_path):
   """Dream publishes no tokenizer.json; the cuts between words are Qwen's, in any case the text."""
   trained = train_bpe(TEXTS, 400).engine

@@ -8,13 +8,15 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from folders import GOLDENS, NAMES, abstract, like, read
 
 from lladax.infer import LowConfidence, SamplerConfig, generate
 from lladax.models import Denoiser, Transformer, abstract_params, block_causal, full
-from lladax.moe import TopKSoftmax
+from lladax.moe import layer as moe_layer
+from lladax.moe import router_stats
 
 DECODED = ("lladamoe_tiny", "llada_dense")
 
@@ -70,20 +72,16 @@ def test_llada2_golden_with_equal_scores():
 
 def run_and_watch(config, params, tokens, monkeypatch):
   """Logits, and bool[n, T, E]: the experts that each routed layer chooses for each token."""
-  chosen = []
-  route = TopKSoftmax.__call__
 
-  def watched(self, logits, k, bias=None):
-    routing = route(self, logits, k, bias)
-    jax.debug.callback(lambda experts: chosen.append(np.asarray(experts)), routing.experts,
-                       ordered=True)  # fmt: skip
-    return routing
+  def choices(logits, routing, valid=None):
+    chosen = (routing.experts[..., None] == jnp.arange(logits.shape[-1])).any(1)
+    return router_stats(logits, routing, valid).replace(load=chosen)
 
   with monkeypatch.context() as patch:
-    patch.setattr(TopKSoftmax, "__call__", watched)
-    logits = logits_of(config, params, tokens)
-    jax.effects_barrier()
-  return logits, (np.stack(chosen)[..., None] == np.arange(config.moe.num_experts)).any(2)
+    patch.setattr(moe_layer, "router_stats", choices)
+    run = jax.jit(Transformer(config).apply)
+    logits, stats = run({"params": tree(config, params)}, tokens)
+  return np.asarray(logits), np.asarray(stats.load)
 
 
 def test_bfloat16_flips_few_choices(monkeypatch):

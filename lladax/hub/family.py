@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ class Family(abc.ABC):
 
     LLaDA-MoE and LLaDA both say model_type "llada", so that alone does not decide.
     """
-    architectures = config.get("architectures")
+    architectures = given(config, "architectures", [], list)
     if architectures:
       return any(name in self.architectures for name in architectures)
     return config.get("model_type") in self.model_types and self.marker in config
@@ -65,6 +66,8 @@ class Family(abc.ABC):
   @abc.abstractmethod
   def hf_config(self, config: ModelConfig) -> dict[str, Any]:
     """A complete config.json with the keys of the published ones.
+
+    There is no `auto_map` in it: that names files of code, which an export has none of.
 
     Raises:
       ValueError: if the model has not even the kind of layers that the family has.
@@ -154,6 +157,8 @@ def need(config: Config, key: str, kind: type = int):
     raise ValueError(f"config.json: {key} is missing; a {_article(kind)} is expected")
   value = config[key]
   fits = isinstance(value, (int, float) if kind is float else kind)
+  if isinstance(value, float):
+    fits = fits and math.isfinite(value)
   if not fits or (isinstance(value, bool) and kind is not bool):
     raise ValueError(f"config.json: {key} is {value!r}; a {_article(kind)} is expected")
   return kind(value)
@@ -192,11 +197,11 @@ def check_attention(config: Config):
     ValueError: naming the key and its value.
   """
   for key in ("rope_scaling", "rope_parameters"):
-    scaling = config.get(key) or {}
+    scaling = _inner(config, key)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
       raise ValueError(f"config.json: {key} is {scaling!r}; lladax does not scale rotary angles")
-  windows = [x for x in config.get("layer_types") or () if x != "full_attention"]
+  windows = [x for x in given(config, "layer_types", [], list) if x != "full_attention"]
   if config.get("use_sliding_window") or windows:
     key = "use_sliding_window" if config.get("use_sliding_window") else "layer_types"
     raise ValueError(
@@ -205,6 +210,40 @@ def check_attention(config: Config):
 
 
 def rope_theta(config: Config) -> float:
-  """The base of the rotary frequencies; newer files keep it within rope_parameters."""
-  inner = config.get("rope_parameters") or {}
-  return need(config if config.get("rope_theta") is not None else inner, "rope_theta", float)
+  """The base of the rotary frequencies; newer files keep it within rope_parameters.
+
+  Raises:
+    ValueError: if it is missing, no number, or not positive.
+  """
+  outside = config.get("rope_theta") is not None
+  theta = need(config if outside else _inner(config, "rope_parameters"), "rope_theta", float)
+  if theta <= 0:
+    raise ValueError(f"config.json: rope_theta is {theta!r}; a positive number is expected")
+  return theta
+
+
+def check_whole_heads(config: Config):
+  """Refuses heads of which only a part is rotated.
+
+  Raises:
+    ValueError: naming the factor.
+  """
+  factor = partial_rotary_factor(config)
+  if factor not in (None, 1):
+    raise ValueError(
+      f"config.json: partial_rotary_factor is {factor!r}; whole heads are rotated in this family"
+    )
+
+
+def partial_rotary_factor(config: Config) -> float | None:
+  """The fraction of a head that is rotated, from either place; None where it is not said."""
+  outside = given(config, "partial_rotary_factor", None, float)
+  return given(_inner(config, "rope_parameters"), "partial_rotary_factor", outside, float)
+
+
+def _inner(config: Config, key: str) -> Config:
+  """An object within config.json, empty where it is missing or null."""
+  value = config.get(key) or {}
+  if not isinstance(value, Mapping):
+    raise ValueError(f"config.json: {key} is {value!r}; an object is expected")
+  return value

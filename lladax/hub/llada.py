@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from lladax.hub.family import Family, check_attention, check_computed, given, need, rope_theta
+from lladax.hub.family import (
+  Family,
+  check_attention,
+  check_computed,
+  check_whole_heads,
+  given,
+  need,
+  rope_theta,
+)
 from lladax.hub.names import Names
 from lladax.models import ModelConfig
 
@@ -37,6 +45,7 @@ class Llada(Family):
   def model_config(self, config, *, ids, dtype) -> ModelConfig:
     check_computed(config, COMPUTED)
     check_attention(config)
+    check_whole_heads(config)
     for key, value in SAID.items():
       if config.get(key) != value:
         raise ValueError(
@@ -75,11 +84,6 @@ class Llada(Family):
       "attention_dropout": 0.0,
       "attention_layer_norm": False,
       "attention_layer_norm_with_affine": True,
-      "auto_map": {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModel": "modeling_llada.LLaDAModelLM",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-      },
       "bias_for_layer_norm": False,
       "block_group_size": 1,
       "block_type": "llama",

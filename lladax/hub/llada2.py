@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from lladax.hub.family import Family, check_attention, check_computed, given, need, rope_theta
+from lladax.hub.family import (
+  Family,
+  check_attention,
+  check_computed,
+  given,
+  need,
+  partial_rotary_factor,
+  rope_theta,
+)
 from lladax.hub.names import Names
 from lladax.models import ModelConfig
 from lladax.moe import MoEConfig, SigmoidBias
@@ -32,7 +40,7 @@ class Llada2(Family):
     check_computed(config, COMPUTED)
     check_attention(config)
     width, heads = need(config, "hidden_size"), need(config, "num_attention_heads")
-    head_dim = given(config, "head_dim", None) or width // heads
+    head_dim = given(config, "head_dim", None) or width // max(heads, 1)
     first_k_dense = given(config, "first_k_dense_replace", 0)
     return ModelConfig(
       vocab_size=need(config, "vocab_size"),
@@ -66,11 +74,6 @@ class Llada2(Family):
     return {
       "architectures": [self.architectures[0]],
       "attention_dropout": 0.0,
-      "auto_map": {
-        "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
-        "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
-        "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
-      },
       "embedding_dropout": 0.0,
       "eos_token_id": config.eos_token_id,
       "first_k_dense_replace": config.first_k_dense,
@@ -139,10 +142,8 @@ def _experts(config) -> MoEConfig:
 
 def _rotary_share(config, head_dim: int) -> float:
   """From the factor or the number of rotated dimensions, which must agree."""
-  inner = config.get("rope_parameters") or {}
   rotated = given(config, "rotary_dim", None)
-  factor = given(config, "partial_rotary_factor", None, float)
-  factor = given(inner, "partial_rotary_factor", factor, float)
+  factor = partial_rotary_factor(config)
   if factor is None:
     return 1.0 if rotated is None else rotated / head_dim
   if rotated is not None and int(factor * head_dim) != rotated:

@@ -6,6 +6,7 @@ from lladax.hub.family import (
   Family,
   check_attention,
   check_computed,
+  check_whole_heads,
   given,
   need,
   rope_theta,
@@ -19,7 +20,6 @@ COMPUTED = {
   "attention_bias": (False,),  # there it would put one on the output projection, too
   "attention_dropout": (0,),
   "clip_qkv": (),
-  "partial_rotary_factor": (1,),
   "moe_router_score_function": ("softmax",),
   "routed_scaling_factor": (1,),
   # No groups; -2 is what the released file says.
@@ -34,6 +34,7 @@ class LladaMoe(Family):
   def model_config(self, config, *, ids, dtype) -> ModelConfig:
     check_computed(config, COMPUTED)
     check_attention(config)
+    check_whole_heads(config)
     n = need(config, "num_hidden_layers")
     dense = _first_dense(config, n)
     moe = MoEConfig(
@@ -74,11 +75,6 @@ class LladaMoe(Family):
       "architectures": [self.architectures[0]],
       "attention_bias": False,
       "attention_dropout": 0.0,
-      "auto_map": {
-        "AutoConfig": "configuration_lladamoe.LLaDAConfig",
-        "AutoModel": "modeling_lladamoe.LLaDAMoEModelLM",
-        "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
-      },
       "clip_qkv": None,
       "dense_intermediate_size": config.intermediate_size,
       "eos_token_id": config.eos_token_id,

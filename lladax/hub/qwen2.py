@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from lladax.hub.family import Family, check_attention, check_computed, given, need, rope_theta
+from lladax.hub.family import (
+  Family,
+  check_attention,
+  check_computed,
+  check_whole_heads,
+  given,
+  need,
+  rope_theta,
+)
 from lladax.hub.names import Names
 from lladax.models import ModelConfig
 
@@ -29,6 +37,7 @@ class Qwen2(Family):
   def model_config(self, config, *, ids, dtype) -> ModelConfig:
     check_computed(config, COMPUTED)
     check_attention(config)
+    check_whole_heads(config)
     return ModelConfig(
       vocab_size=need(config, "vocab_size"),
       hidden_size=need(config, "hidden_size"),
@@ -82,11 +91,6 @@ class Qwen2(Family):
       shared["head_dim"] = config.head_dim
     if config.mask_token_id is not None:
       shared["mask_token_id"] = config.mask_token_id
-    if not self.causal:
-      shared["auto_map"] = {
-        "AutoConfig": "configuration_dream.DreamConfig",
-        "AutoModel": "modeling_dream.DreamModel",
-      }
     return shared
 
 

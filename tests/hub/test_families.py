@@ -245,6 +245,11 @@ def test_every_family_refuses(name, changes, message):
   ("name", "changes", "message"),
   [
     ("lladamoe_tiny", {"clip_qkv": 8.0}, "clip_qkv is 8.0; lladax computes nothing but null"),
+    ("lladamoe_tiny", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; whole heads"),
+    ("qwen2_ar", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "factor is 0.5; whole heads"),
+    ("dream", {"rope_parameters": "yarn"}, "rope_parameters is 'yarn'; an object is expected"),
+    ("dream", {"architectures": "DreamModel"}, "architectures is 'DreamModel'; a list is expected"),
+    ("dream", {"rope_theta": -1}, "rope_theta is -1.0; a positive number"),
     ("lladamoe_tiny", {"moe_layer_freq": [1, 0]}, r"moe_layer_freq is \[1, 0\]; 2 flags"),
     ("lladamoe_tiny", {"moe_layer_freq": [1]}, "moe_layer_freq"),
     ("lladamoe_tiny", {"router_num_group": 4}, "router_num_group is 4"),
@@ -308,6 +313,34 @@ def test_options_of_llada_moe():
   assert shapes["model.layers.1.mlp.shared_expert.down_proj.weight"] == (32, 16)
   assert shapes["model.layers.0.mlp.down_proj.weight"] == (32, 96)
   assert not any(name.startswith("model.layers.0.mlp.experts") for name in shapes)
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers(-2, 200) | st.floats() | st.text(max_size=5),
+  lambda inner: (
+    st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2)
+  ),
+  max_leaves=4,
+)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(name=st.sampled_from(NAMES), data=st.data())
+def test_any_json_makes_a_model_or_a_clear_error(name, data):
+  config = config_json(name)
+  keys = [
+    *sorted(config),
+    "rope_scaling",
+    "rope_parameters",
+    "layer_types",
+    "rotary_dim",
+    "head_dim",
+  ]
+  changes = data.draw(st.dictionaries(st.sampled_from(keys), JSON, min_size=1, max_size=2))
+  try:
+    assert isinstance(model_of(config, **changes), ModelConfig)
+  except ValueError as error:
+    assert len(str(error)) > 20
 
 
 @st.composite

@@ -208,6 +208,7 @@ def test_malformed_messages_are_named(messages, message):
 # --- ids -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_ids_are_those_of_the_rendered_text(name):
   """Against an independent reading: cut at the names of special tokens, bytes in between."""

@@ -64,6 +64,7 @@ def test_production_ids_come_from_its_files(production):
   assert production.vocab_size == 129_280
 
 
+@pytest.mark.quick
 def test_production_text_is_cut_as_the_library_does(production):
   plain = tokenizers.Tokenizer.from_file(str(PRODUCTION / "tokenizer.json"))
   assert production.encode(TEXT) == plain.encode(TEXT, add_special_tokens=False).ids

@@ -107,12 +107,26 @@ def stored_dtype(folder: Folder) -> str:
 
 
 def shardings_of(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
-  """Sharding of every parameter by path."""
+  """Sharding of every parameter by path.
+
+  Raises:
+    ValueError: naming a parameter that does not divide over the mesh.
+  """
   if mesh is None:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return dict.fromkeys(named_leaves(abstract(config)), here)
   variables = jax.eval_shape(functools.partial(init_variables, config), jax.random.key(0))
-  return named_leaves(param_shardings(mesh, variables["params"]))
+  shardings = named_leaves(param_shardings(mesh, variables["params"]))
+  for path, leaf in named_leaves(abstract(config)).items():
+    try:
+      shardings[path].shard_shape(leaf.shape)
+    except ValueError:
+      sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+      raise ValueError(
+        f"{path} {list(leaf.shape)} does not divide over the mesh ({sizes}) as "
+        f"{shardings[path].spec}; choose other sizes of the mesh"
+      ) from None
+  return shardings
 
 
 def tree_of(config: ModelConfig, arrays: Mapping[str, Any]):

@@ -27,6 +27,7 @@ Region = tuple[tuple[int, int], ...]
 # Larger tensors are read in parts where their row allows it, so that what is in flight between
 # file and buffer stays small beside the buffer.
 PART_BYTES = 4 << 20
+LAYER_KEYS = ("num_hidden_layers", "n_layers")
 # Tensors that are there, but that the config gives no place to: what they mean.
 HINTS = (
   ("expert_bias", "config.json asks for no expert bias (moe_router_enable_expert_bias)"),
@@ -92,9 +93,14 @@ def make_plan(folder: Folder, *, ids: Mapping[str, int], dtype: str) -> Plan:
     ValueError: for a config that no family has, or that asks for what is not computed here.
   """
   family = family_of(folder.config)
+  _require_layers(folder)
   config = family.model_config(folder.config, ids=ids, dtype=dtype)
-  params = named_leaves(abstract(config))
+  try:
+    params = named_leaves(abstract(config))
+  except OverflowError as error:
+    raise FolderError(f"{folder.path}: a size in config.json is absurd ({error})") from error
   rows = family.rows(config, folder.tensors.keys())
+  _require_size(folder, rows)
   expected = tensor_shapes(rows, params)
   _require_all(folder, family, expected, _unfilled(rows, params))
   wrong = [
@@ -121,6 +127,25 @@ def tensor_shapes(rows: Sequence[Row], params: Mapping[str, object]) -> dict[str
           raise ValueError(f"two rows of the mapping use tensor {name!r}")
         shapes[name] = tuple(shape)
   return shapes
+
+
+def _require_layers(folder: Folder):
+  """Refuses an absurd number of layers before anything is listed by layer."""
+  for key in LAYER_KEYS:
+    if isinstance(count := folder.config.get(key), int) and count > len(folder.tensors):
+      raise FolderError(
+        f"{folder.path}: config.json says {key} {count}, but there are {len(folder.tensors)} tensors"
+      )
+
+
+def _require_size(folder: Folder, rows: Sequence[Row]):
+  """Refuses a config with far more experts than the folder has, before they are listed."""
+  count = sum(len(row.layers or (0,)) * (row.experts or 1) * len(row.tensors) for row in rows)
+  if count > 100 * (len(folder.tensors) + 100):
+    raise FolderError(
+      f"{folder.path}: by its config.json the model has {count} tensors, but there are "
+      f"{len(folder.tensors)}; its number of experts is wrong"
+    )
 
 
 def _unfilled(rows: Sequence[Row], params: Mapping[str, object]) -> list[str]:
@@ -202,6 +227,8 @@ def fill(
 
   def copy(part: _Part):
     tensors = [plan.folder.read(name, part.tensor_rows) for name in part.names]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+      tensors = [tensor.astype(plan.params[part.row.params[0]].dtype) for tensor in tensors]
     try:
       slices = part.row.to_params(tensors)
     except ValueError as error:
@@ -210,7 +237,7 @@ def fill(
       value = contiguous(value)[(None,) * len(part.lead)]
       for region, buffer in buffers[path].items():
         _copy_overlap(buffer, region, value, part.region(shapes[path]))
-    read(sum(tensor.nbytes for tensor in tensors))
+    read(sum(_nbytes(plan.folder, name, part) for name in part.names))
 
   parts = (part for row in rows for part in _parts(plan.folder, row) if touches(part))
   with concurrent.futures.ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -221,6 +248,13 @@ def fill(
     except BaseException:
       pool.shutdown(wait=True, cancel_futures=True)
       raise
+
+
+def _nbytes(folder: Folder, name: str, part: _Part) -> int:
+  tensor, rows = folder.tensors[name], part.tensor_rows
+  return (
+    tensor.nbytes if rows is None else tensor.nbytes * (rows.stop - rows.start) // tensor.shape[0]
+  )
 
 
 def _parts(folder: Folder, row: Row) -> Iterator[_Part]:

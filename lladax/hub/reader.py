@@ -213,7 +213,9 @@ def _place(path: pathlib.Path, header: dict, base: int, size: int) -> dict[str, 
   for name, entry in header.items():
     try:
       dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-      well_formed = all(type(x) is int and x >= 0 for x in (*shape, start, stop))
+      well_formed = isinstance(dtype, str) and all(
+        type(x) is int and x >= 0 for x in (*shape, start, stop)
+      )
     except (TypeError, KeyError, ValueError):
       well_formed = False
     if not well_formed:

@@ -250,9 +250,13 @@ def test_spelled_special_tokens_survive_what_templates_do_to_text():
 
 
 def test_an_answer_ends_with_its_turn():
-  end = TOKENIZER.engine.token_to_id("<|im_end|>")
-  assert Chat(TOKENIZER, BUILT_IN["chatml"]).end_of_turn_id == end
-  assert Chat(TOKENIZER, template("")).end_of_turn_id == TOKENIZER.eos_id
+  end, eos = TOKENIZER.engine.token_to_id("<|im_end|>"), TOKENIZER.eos_id
+  chat = Chat(TOKENIZER, BUILT_IN["chatml"])
+  assert chat.end_of_turn_id == end
+  assert chat.decode([*b"Yes", end, *b"No"]) == "Yes"
+  assert chat.decode([*b"Yes", eos, end]) == "Yes"
+  assert chat.decode([*b"Yes"]) == "Yes"
+  assert Chat(TOKENIZER, template("")).end_of_turn_id == eos
 
 
 def test_a_tokenizer_of_another_model_is_refused():

@@ -301,6 +301,68 @@ def test_tensors_that_the_config_denies(name, tensor, message):
     family.rows(config, {*tensors, tensor})
 
 
+@pytest.mark.parametrize(
+  ("name", "changes", "fields"),
+  [
+    ("lladamoe_tiny", {"qk_layernorm": False}, {"qk_norm": False}),
+    ("lladamoe_tiny", {"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
+    ("lladamoe_tiny", {"num_key_value_heads": 2}, {"num_key_value_heads": 2}),
+    ("lladamoe_tiny", {"moe_router_enable_expert_bias": True}, {"moe.router.expert_bias": True}),
+    (
+      "lladamoe_tiny",
+      {"shared_expert_intermediate_size": 24},
+      {"moe.shared_expert_intermediate_size": 24},
+    ),
+    ("lladamoe_tiny", {"moe_layer_freq": [0, 1]}, {"first_k_dense": 1, "intermediate_size": 96}),
+    ("llada_dense", {"include_qkv_bias": True}, {"attention_bias": True}),
+    ("llada_dense", {"weight_tying": True}, {"tie_word_embeddings": True}),
+    ("llada_dense", {"n_kv_heads": 1, "mlp_hidden_size": None},
+     {"num_key_value_heads": 1, "intermediate_size": 128}),
+    ("llada2_moe", {"use_qkv_bias": True}, {"attention_bias": True}),
+    ("llada2_moe", {"num_shared_experts": 2}, {"moe.shared_expert_intermediate_size": 64}),
+    ("llada2_moe", {"num_shared_experts": None}, {"moe.shared_expert_intermediate_size": None}),
+    ("llada2_moe", {"first_k_dense_replace": 0}, {"first_k_dense": 0, "intermediate_size": None}),
+    ("llada2_moe", {"num_experts_per_tok": 1},
+     {"moe.num_experts_per_tok": 1, "moe.router.norm_topk_prob": False}),
+    ("llada2_moe", {"partial_rotary_factor": None, "rotary_dim": 2},
+     {"partial_rotary_factor": 0.25}),
+    ("llada2_moe", {"n_group": None, "topk_group": None},
+     {"moe.router.n_group": 1, "moe.router.topk_group": 1}),
+    ("dream", {"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
+    ("dream", {"head_dim": 16}, {"head_dim": 16}),
+    ("qwen2_ar", {"tie_word_embeddings": False}, {"tie_word_embeddings": False}),
+  ],
+)  # fmt: skip
+def test_options(name, changes, fields):
+  """One key moves its fields and no others, and goes back into a config.json and tensors."""
+  before, config = read(name)[1], model_of(config_json(name), **changes)
+  flat = flatten(architecture(config))
+  assert {key: flat[key] for key in fields} == fields
+  same = flatten(architecture(before))
+  assert {key for key in flat if flat[key] != same[key]} == fields.keys()
+  family = family_for(config)
+  assert family.name == FAMILY_OF_GOLDEN[name]
+  assert architecture(model_of(family.hf_config(config))) == architecture(config)
+  chance = np.random.default_rng(0)
+  params = {
+    path: chance.standard_normal(x.shape).astype(x.dtype) for path, x in abstract(config).items()
+  }
+  back = import_tensors(family, config, export_tensors(family, config, params))
+  for path, value in params.items():
+    np.testing.assert_array_equal(back[path], value)
+
+
+def flatten(config, prefix="") -> dict:
+  flat = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      flat |= flatten(value, f"{prefix}{field.name}.")
+    else:
+      flat[prefix + field.name] = value
+  return flat
+
+
 def test_options_of_llada_moe():
   config = model_of(
     config_json("lladamoe_tiny"),

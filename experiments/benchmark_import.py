@@ -36,7 +36,7 @@ from lladax.models import ModelConfig, llada_moe_7b_a1b
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("layers", 2, "Layers of the synthetic checkpoint; the model has 16.")
-flags.DEFINE_string("folder", None, "Where to write it; default: a temporary folder.")
+flags.DEFINE_string("folder", None, "Where there is room for it, twice; default: the system's.")
 flags.DEFINE_list(
   "ways", ["load", "load from cache", "load on 8 devices", "import"], "What to measure."
 )
@@ -181,11 +181,8 @@ def run(folder: pathlib.Path):
 
 
 def main(_):
-  folder = pathlib.Path(FLAGS.folder or tempfile.mkdtemp()) / "checkpoint"
-  try:
-    run(folder)
-  finally:
-    shutil.rmtree(folder, ignore_errors=True)
+  with tempfile.TemporaryDirectory(dir=FLAGS.folder) as place:
+    run(pathlib.Path(place) / "checkpoint")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from lladax.hub.card import model_card
 from lladax.hub.store import import_to
 from lladax.train.metrics import read_records
 
+# Parts of a run's config that do not say how it was trained.
+ELSEWHERE = ("class", "model.", "sampler.", "mesh.")
+
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string(
@@ -92,7 +95,7 @@ def run_record(workdir: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
   if workdir is None:
     return {}, {}
   config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-  training = {name: value for name, value in _flat(config) if not name.startswith("model.")}
+  training = {name: value for name, value in _flat(config) if not name.startswith(ELSEWHERE)}
   measured: dict[str, Any] = {}
   for record in read_records(workdir):
     heldout = {name: value for name, value in record.items() if name.startswith("heldout/")}

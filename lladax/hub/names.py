@@ -136,7 +136,7 @@ def _swiglu(row, path: str, prefix: str, names: Names) -> Iterator[Row]:
 def _experts(row, names: Names, config: ModelConfig, present: Collection[str]) -> Iterator[Row]:
   yield row(("moe/router",), (names.router,), MATRIX)
   if config.moe.router.has_bias:
-    # Its steps are 1e-3 (facts of Ling 2.0), too small for bfloat16.
+    # Ling 2.0 moves it in steps of 1e-3, too small for bfloat16 (arXiv 2510.22115).
     yield row(("moe/expert_bias",), (names.expert_bias,), VECTOR, dtype="float32")
   gate_up, down = ("moe/gate_up",), ("moe/down",)
   stacked = "e o i -> e i o"

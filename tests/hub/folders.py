@@ -9,10 +9,11 @@ import numpy as np
 import safetensors.numpy
 
 from lladax.hub.families import family_of
-from lladax.models import abstract_params
+from lladax.models import ModelConfig, abstract_params
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 NAMES = ("lladamoe_tiny", "llada_dense", "llada2_moe", "dream", "qwen2_ar")
+FAMILY_OF_GOLDEN = dict(zip(NAMES, ("llada_moe", "llada", "llada2", "dream", "qwen2"), strict=True))
 IDS = {"mask_token_id": 125, "eos_token_id": 124, "pad_token_id": 124}
 
 
@@ -76,3 +77,9 @@ def read(name: str, dtype: str = "float32"):
   tensors = safetensors.numpy.load_file(GOLDENS / name / "model.safetensors")
   params = import_tensors(family, config, tensors)
   return family, config, tensors, params, dict(np.load(GOLDENS / name / "golden.npz"))
+
+
+def model_of(config: dict, **changes) -> ModelConfig:
+  """The model of a config.json with some keys changed."""
+  changed = {**config, **changes}
+  return family_of(changed).model_config(changed, ids=IDS, dtype="float32")

@@ -240,14 +240,20 @@ def fill(
     read(sum(_nbytes(plan.folder, name, part) for name in part.names))
 
   parts = (part for row in rows for part in _parts(plan.folder, row) if touches(part))
-  with concurrent.futures.ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-    waiting = [pool.submit(copy, part) for part in parts]
-    try:
-      for future in concurrent.futures.as_completed(waiting):
-        future.result()
-    except BaseException:
-      pool.shutdown(wait=True, cancel_futures=True)
-      raise
+  waiting = [_readers().submit(copy, part) for part in parts]
+  try:
+    for future in concurrent.futures.as_completed(waiting):
+      future.result()
+  finally:
+    for future in waiting:
+      future.cancel()
+    concurrent.futures.wait(waiting)
+
+
+@functools.cache
+def _readers() -> concurrent.futures.ThreadPoolExecutor:
+  """The same threads for every parameter: the C library keeps freed memory for each new one."""
+  return concurrent.futures.ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
 
 
 def _nbytes(folder: Folder, name: str, part: _Part) -> int:

@@ -34,6 +34,8 @@ from lladax.hub.source import SIDE_FILES, Source, source_of
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+# Of an import that is under way: what it is of, and the steps that are whole.
+BEGUN, DONE = "begun.json", "done"
 # Chunks of the arrays: small enough that a device's part is read without much around it.
 CHUNK_BYTES = 64 << 20
 
@@ -62,7 +64,7 @@ def import_to(
   plan = plan_import(path_or_id, dtype=dtype, ids=ids)
   partial = target.with_name(target.name + ".partial")
   done = _begin(partial, plan)
-  with progress_bar(plan, progress) as read, open(partial / "done", "a", encoding="utf-8") as log:
+  with progress_bar(plan, progress) as read, open(partial / DONE, "a", encoding="utf-8") as log:
     for paths, rows in plan.groups():
       arrays = {path: _create(partial, path, plan.params[path]) for path in paths}
       for regions in _steps(paths, rows, plan):
@@ -81,6 +83,8 @@ def import_to(
         os.fsync(log.fileno())
   _finish(partial, plan)
   partial.rename(target)
+  for name in (BEGUN, DONE):
+    (target / name).unlink()
   return target
 
 
@@ -154,8 +158,9 @@ def _begin(partial: pathlib.Path, plan: Plan) -> set[str]:
     "tensors": {t.name: [t.dtype, t.shape, t.file, t.start] for t in folder.tensors.values()},
   }
   fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-  begun = partial / "begun.json"
-  if partial.exists():
+  begun = partial / BEGUN
+  partial.mkdir(parents=True, exist_ok=True)
+  if begun.exists() or {path.name for path in partial.iterdir()} - {BEGUN + ".tmp"}:
     try:
       found = json.loads(begun.read_text(encoding="utf-8"))
       same = found["fingerprint"] == fingerprint
@@ -166,13 +171,13 @@ def _begin(partial: pathlib.Path, plan: Plan) -> set[str]:
         f"{partial} was begun from {found.get('source', 'something else')} or with other settings; "
         "remove it, or choose another target"
       )
-    log = partial / "done"
+    log = partial / DONE
     # A line that was cut off does not count.
     return set(log.read_text(encoding="utf-8").split("\n")[:-1]) if log.exists() else set()
-  partial.mkdir(parents=True)
   content = json.dumps({"source": str(folder.path), "fingerprint": fingerprint})
-  (partial / "begun.tmp").write_text(content, encoding="utf-8")
-  (partial / "begun.tmp").rename(begun)
+  unfinished = begun.with_name(BEGUN + ".tmp")
+  unfinished.write_text(content, encoding="utf-8")
+  unfinished.rename(begun)
   return set()
 
 
@@ -189,8 +194,6 @@ def _finish(partial: pathlib.Path, plan: Plan):
     "source": source_of(plan.folder, plan.family.name).to_tree(),
   }
   (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-  for name in ("begun.json", "done"):
-    (partial / name).unlink()
 
 
 def _read_manifest(target: pathlib.Path) -> tuple[Any, Source]:

@@ -1,6 +1,7 @@
 """The import on disk: what loading gives, resumable wherever it is stopped, damage noticed."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -111,6 +112,23 @@ def test_a_line_that_was_cut_off_does_not_count(tmp_path):
   log.write_text("".join(lines[:-1]) + lines[-1].rstrip("\n"))
   target = import_to(SOURCE, tmp_path / "store", **QUIET)
   assert_equal(open_store(target), load_folder(SOURCE, **QUIET))
+
+
+@pytest.mark.parametrize("when", ["before it began", "before its name"])
+def test_stopped_between_the_steps_it_goes_on(when, tmp_path, monkeypatch):
+  def rename(path, target):
+    if path.is_dir() or when == "before it began":
+      raise Stopped
+    os.rename(path, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(store_lib.pathlib.Path, "rename", rename)
+    with pytest.raises(Stopped):
+      import_to(SOURCE, tmp_path / "store", **QUIET)
+  assert not (tmp_path / "store").exists()
+  target = import_to(SOURCE, tmp_path / "store", **QUIET)
+  assert_equal(open_store(target), load_folder(SOURCE, **QUIET))
+  assert {path.name for path in target.iterdir()} == {"manifest.json", "params", "source"}
 
 
 @pytest.mark.parametrize(

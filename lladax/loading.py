@@ -12,9 +12,10 @@ import jax
 
 from lladax import hub
 from lladax.data import Tokenizer, load_tokenizer
+from lladax.hub.load import shardings_of, tree_of
 from lladax.model import Model
-from lladax.models import ModelConfig, abstract_params, init_params, init_variables
-from lladax.sharding import MeshConfig, make_mesh, param_shardings
+from lladax.models import ModelConfig, abstract_params, init_params
+from lladax.sharding import MeshConfig, make_mesh
 from lladax.train import load_params
 
 TOKENIZER_FILES = "tokenizer"  # name of the tokenizer's files within a checkpoint
@@ -57,7 +58,9 @@ def load(
   folder = pathlib.Path(path)
   if hub.is_store(folder):
     return _from_hub(hub.open_store(folder, mesh=mesh, dtype=dtype), mesh)
-  if (folder / "config.json").exists() or not folder.exists():
+  # A workdir has a config.json, too: of the run.
+  is_run = (folder / "checkpoints").exists()
+  if not folder.exists() or (folder / "config.json").exists() and not is_run:
     loaded = hub.load_folder(path, mesh=mesh, dtype=dtype, ids=ids, progress=progress)
     return _from_hub(loaded, mesh)
   return _from_run(path, mesh, dtype)
@@ -104,16 +107,9 @@ def _from_run(path: str | os.PathLike, mesh, dtype: str | None) -> Model:
 
 def _placed(config: ModelConfig, mesh):
   """Shapes, dtypes and shardings of the parameters."""
-  abstract = abstract_params(config)
-  if mesh is None:
-    shardings = jax.tree.map(
-      lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract
-    )
-  else:
-    boxed = jax.eval_shape(functools.partial(init_variables, config), jax.random.key(0))
-    shardings = param_shardings(mesh, boxed["params"])
+  shardings = tree_of(config, shardings_of(config, mesh))
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    abstract,
+    abstract_params(config),
     shardings,
   )

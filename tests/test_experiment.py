@@ -23,7 +23,7 @@ from lladax.experiment import Experiment, open_run, run_command, train, with_spe
 from lladax.infer import SamplerConfig
 from lladax.models import tiny
 from lladax.moe.layer import MoEConfig
-from lladax.sharding import make_mesh
+from lladax.sharding import MeshConfig, make_mesh
 from lladax.train import Constant, OptimizerConfig, every, heldout_bound, read_records
 
 WORDS = "to be or not that is the question whether nobler in mind suffer slings and arrows".split()
@@ -136,6 +136,15 @@ def test_the_facade_opens_what_was_trained(trained):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), params)
   assert model.sampler.gen_length == 8
   assert isinstance(model.generate("to be "), str)
+  sharded = lladax.load(workdir, mesh=MeshConfig(fsdp=2, expert=2), dtype="bfloat16")
+  gate_up = sharded.params["layers"]["moe"]["gate_up"]
+  assert gate_up.dtype == sharded.config.dtype == "bfloat16"
+  assert gate_up.addressable_shards[0].data.size * 4 == gate_up.size
+  # What was trained is saved in the published format and comes back with its tokenizer.
+  model.save(workdir.parent / "exported")
+  again = lladax.load(workdir.parent / "exported", progress=False)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.params), params)
+  assert again.tokenizer.encode("to be") == model.tokenizer.encode("to be")
 
 
 def test_special_ids_are_those_of_the_tokenizer(trained, corpus):

@@ -14,6 +14,7 @@ import pytest
 
 import lladax
 from lladax.data import train_bpe
+from lladax.hub import import_to
 from lladax.infer import SamplerConfig
 from lladax.models import llada_moe_7b_a1b
 from lladax.moe import MoEConfig
@@ -86,6 +87,14 @@ def test_a_sharded_model_decodes_as_one_on_one_device():
     for mesh in (None, MeshConfig(data=2, expert=4))
   ]
   assert answers[0] == answers[1] and len(answers[0][0]) == 8
+
+
+def test_an_import_loads_as_the_folder_does(tmp_path):
+  import_to(GOLDENS / "lladamoe_tiny", tmp_path / "store", ids=IDS, progress=False)
+  tokens, want = golden_logits("lladamoe_tiny")
+  for mesh in (None, MeshConfig(data=2, expert=4)):
+    model = lladax.load(tmp_path / "store", mesh=mesh)
+    np.testing.assert_allclose(model.logits(tokens), want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

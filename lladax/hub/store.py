@@ -1,11 +1,11 @@
 """An imported model on disk in our own layout: made once, resumable, and opened on any mesh.
 
 `import_to` works in `<target>.partial`, one layer of one parameter at a time, and notes what is
-whole; killed and started again it goes on from there. The folder gets its name at the end. The
-arrays are zarr 3, as orbax and tensorstore read them, with a checksum on every chunk:
+whole; killed and started again it goes on from there. The folder gets its name at the end. `params`
+is an orbax checkpoint of zarr 3 arrays, with a checksum on every chunk, and restores without us:
 
   manifest.json    config, source, shapes
-  params/<name>/   one array per parameter
+  params/<name>/   one array per parameter, and the metadata of orbax
   source/          config.json, tokenizer and generation settings of the folder
 """
 
@@ -33,6 +33,7 @@ from lladax.hub.reader import CONFIG_FILE, FolderError
 from lladax.hub.source import SIDE_FILES, Source, source_of
 
 MANIFEST = "manifest.json"
+ORBAX_METADATA = "_METADATA"
 FORMAT = 1
 # Of an import that is under way: what it is of, and the steps that are whole.
 BEGUN, DONE = "begun.json", "done"
@@ -193,7 +194,32 @@ def _finish(partial: pathlib.Path, plan: Plan):
     "config": config_lib.to_tree(plan.config),
     "source": source_of(plan.folder, plan.family.name).to_tree(),
   }
+  described = json.dumps(_orbax_metadata(plan))
+  (partial / "params" / ORBAX_METADATA).write_text(described, encoding="utf-8")
   (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _orbax_metadata(plan: Plan) -> dict[str, Any]:
+  """What orbax writes beside the arrays of a tree: the keys of each leaf, and how it is stored."""
+  leaves = {}
+  for path, leaf in plan.params.items():
+    keys = path.split("/")
+    leaves[str(tuple(keys))] = {
+      "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: key of a dict
+      "value_metadata": {
+        # Restored as it lies, without devices to put it on unless they are given.
+        "value_type": "np.ndarray",
+        "skip_deserialize": False,
+        "write_shape": list(leaf.shape),
+      },
+    }
+  return {
+    "tree_metadata": leaves,
+    "use_ocdbt": False,
+    "use_zarr3": True,
+    "store_array_data_equal_to_fill_value": True,
+    "custom_metadata": None,
+  }
 
 
 def _read_manifest(target: pathlib.Path) -> tuple[Any, Source]:

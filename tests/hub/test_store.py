@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from folders import GOLDENS, IDS, NAMES, by_path
 from hypothesis import given, settings
@@ -49,6 +50,21 @@ def test_a_store_gives_what_the_folder_gives_and_exports_the_same(name, mesh, tm
   want = (GOLDENS / name / "model.safetensors").read_bytes()
   assert (out / "model.safetensors").read_bytes() == want
   assert json.loads((out / "config.json").read_text()) == dict(stored.source.config)
+
+
+def test_orbax_restores_the_parameters_without_us(tmp_path):
+  target = import_to(SOURCE, tmp_path / "store", dtype="bfloat16", **QUIET)
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+  sharded = open_store(target, mesh=mesh)
+  restore = ocp.PyTreeCheckpointer().restore
+  plain = by_path(restore(target / "params"))
+  args = ocp.checkpoint_utils.construct_restore_args(sharded.params)
+  placed = by_path(restore(target / "params", restore_args=args))
+  for path, want in by_path(sharded.params).items():
+    assert plain[path].dtype == want.dtype and placed[path].sharding == want.sharding
+    np.testing.assert_array_equal(plain[path], want)
+    np.testing.assert_array_equal(placed[path], want)
+  assert plain.keys() == placed.keys() == by_path(sharded.params).keys()
 
 
 def test_dtype_of_import_and_of_opening(tmp_path):

@@ -224,6 +224,7 @@ class Model:
       config=self.config,
       params=self.params,
       tokenizer=self.tokenizer,
+      template=None if self.conversation is None else self.conversation.template,
       source=self.source,
       **options,
     )

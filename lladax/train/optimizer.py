@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import optax
 
-# Leaf names of parameters that scale or shift activations. Decided by name and not by rank: with
+# Leaf names of parameters that scale or shift activations, or the choice of experts. By name and not by rank: with
 # scanned layers the scale of a norm is [n, D].
-NOT_DECAYED = ("scale", "bias")
+NOT_DECAYED = ("scale", "bias", "expert_bias")
 
 
 class LearningRate(abc.ABC):

@@ -88,7 +88,11 @@ def test_bad_constants_are_refused_with_their_value(make):
 
 
 PARAMS = {
-  "layers": {"norm": {"scale": jnp.ones((3, 4))}, "mlp": {"kernel": jnp.ones((3, 4, 4))}},
+  "layers": {
+    "norm": {"scale": jnp.ones((3, 4))},
+    "mlp": {"kernel": jnp.ones((3, 4, 4))},
+    "moe": {"expert_bias": jnp.ones((3, 4))},
+  },
   "head": {"bias": jnp.ones(4), "kernel": jnp.ones((4, 4))},
 }
 
@@ -96,7 +100,11 @@ PARAMS = {
 def test_norms_and_biases_do_not_decay_even_when_scanned():
   mask = decay_mask(PARAMS)
   assert mask == {
-    "layers": {"norm": {"scale": False}, "mlp": {"kernel": True}},
+    "layers": {
+      "norm": {"scale": False},
+      "mlp": {"kernel": True},
+      "moe": {"expert_bias": False},
+    },
     "head": {"bias": False, "kernel": True},
   }
   boxed = jax.tree.map(lambda x: nn.LogicallyPartitioned(x, (None,) * x.ndim), PARAMS)

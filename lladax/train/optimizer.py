@@ -8,8 +8,8 @@ import dataclasses
 import jax
 import optax
 
-# Leaf names of parameters that scale or shift activations, or the choice of experts. By name and not by rank: with
-# scanned layers the scale of a norm is [n, D].
+# Leaf names of parameters that scale or shift activations, or the choice of experts. By name and
+# not by rank: with scanned layers the scale of a norm is [n, D].
 NOT_DECAYED = ("scale", "bias", "expert_bias")
 
 

@@ -156,7 +156,7 @@ def test_chat_renders_generates_and_stops_at_the_end_of_the_turn(chatty):
   prompt = model.conversation.encode([{"role": "user", "content": "a plan"}])
   assert prompt[-3:] != prompt[:3] and end in prompt
   ids = model.generate_tokens([prompt], sampler=sampler).answers[0]
-  assert end not in ids and answer == model.decode(ids) == model.conversation.decode([*ids, end, 5])
+  assert end not in ids and answer == model.decode(ids)
 
 
 def test_ids_without_a_token_stand_for_nothing(chatty):

@@ -6,8 +6,9 @@ queries are plain products: XLA multiplies a transposed left factor at half spee
 Forward and backward took 0.63 of the time of the written-out softmax (B 16, L 256, N 4, H 64,
 float32, 2-core AVX-512 machine).
 
-Who may attend to whom is written out as bytes before the loop: comparing segment ids inside it kept
-XLA from using vector instructions, and cost as much as half of the layer.
+Who may attend to whom is written out as bytes before the loop. Comparing segment ids inside it made
+forward and backward take half as long again (78 against 52 ms, same shapes and machine); so they
+take no longer than without segments.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ def forward(query, key, value, segment_ids=None, block_length=None):
     out = _batched(weights.astype(v.dtype), v) / norm
     return jnp.swapaxes(out, 1, 2).astype(query.dtype), (peak + jnp.log(norm))[..., 0]
 
-  mask = allowed(query.shape[1], segment_ids, block_length)
-  return _map_rows(rows, query, key, value, _per_row(mask, query.shape[0]))
+  return _map_rows(rows, query, key, value, _mask(query, segment_ids, block_length))
 
 
 def backward(query, key, value, out, log_norm, grad, segment_ids=None, block_length=None):
@@ -58,17 +58,17 @@ def backward(query, key, value, out, log_norm, grad, segment_ids=None, block_len
     grads = (dquery, query.dtype), (dkey, key.dtype), (dvalue, value.dtype)
     return tuple(jnp.swapaxes(g, 1, 2).astype(dtype) for g, dtype in grads)
 
-  mask = allowed(query.shape[1], segment_ids, block_length)
+  mask = _mask(query, segment_ids, block_length)
   if block_length is not None:  # segments alone are symmetric
     mask = jnp.swapaxes(mask, 1, 2)
-  mask = _per_row(mask, query.shape[0])
   delta = jnp.swapaxes((out.astype(jnp.float32) * grad).sum(-1), 1, 2)  # [B, N, L]
   return _map_rows(rows, query, key, value, delta, log_norm, grad, mask)
 
 
-def _per_row(mask, rows):
-  """[1 or B, L, L] -> [B, L, L]."""
-  return None if mask is None else jnp.broadcast_to(mask, (rows, *mask.shape[1:]))
+def _mask(query, segment_ids, block_length):
+  """bool[B, L, L] over (query, key), or None."""
+  mask = allowed(query.shape[1], segment_ids, block_length)
+  return None if mask is None else jnp.broadcast_to(mask, (query.shape[0], *mask.shape[1:]))
 
 
 def _heads_first(query, key, value):

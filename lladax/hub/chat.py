@@ -165,7 +165,7 @@ def read_chat_template(folder: str | os.PathLike, *, default: str) -> ChatTempla
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chat:
-  """A tokenizer and a chat template: messages to ids, and the ids of an answer to text."""
+  """A tokenizer and a chat template: messages to ids, and the id that ends an answer."""
 
   tokenizer: JsonTokenizer
   template: ChatTemplate
@@ -233,12 +233,6 @@ class Chat:
       ids += self.tokenizer.encode(spelled[int(part[:6])])
       ids += self._engine.encode(part[6:], add_special_tokens=False).ids
     return ids
-
-  def decode(self, ids: Sequence[int]) -> str:
-    """Text of an answer, up to the end of the turn or of the text."""
-    ends = {self.end_of_turn_id, self.tokenizer.eos_id}
-    stop = next((i for i, token in enumerate(ids) if int(token) in ends), len(ids))
-    return self.tokenizer.decode(ids[:stop])
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

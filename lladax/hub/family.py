@@ -247,3 +247,51 @@ def _inner(config: Config, key: str) -> Config:
   if not isinstance(value, Mapping):
     raise ValueError(f"config.json: {key} is {value!r}; an object is expected")
   return value
+
+
+def usual_fields(config: Config, ids: Mapping[str, int], dtype: str) -> dict[str, Any]:
+  """Fields of `ModelConfig` from the keys that most published config files share."""
+  return {
+    "vocab_size": need(config, "vocab_size"),
+    "hidden_size": need(config, "hidden_size"),
+    "num_hidden_layers": need(config, "num_hidden_layers"),
+    "num_attention_heads": need(config, "num_attention_heads"),
+    "max_position_embeddings": need(config, "max_position_embeddings"),
+    "tie_word_embeddings": given(config, "tie_word_embeddings", False, bool),
+    "initializer_range": given(config, "initializer_range", 0.02, float),
+    **stored_fields(config, ids, dtype),
+  }
+
+
+def stored_fields(config: Config, ids: Mapping[str, int], dtype: str) -> dict[str, Any]:
+  """Fields that every family reads alike."""
+  return {
+    "rope_theta": rope_theta(config),
+    "rms_norm_eps": need(config, "rms_norm_eps", float),
+    "dtype": dtype,
+    "param_dtype": dtype,
+    "mask_token_id": None,
+    **ids,
+  }
+
+
+def usual_keys(config: ModelConfig) -> dict[str, Any]:
+  """The keys of `usual_fields`, and what stands beside them in the published files."""
+  return {
+    "attention_dropout": 0.0,
+    "eos_token_id": config.eos_token_id,
+    "hidden_act": "silu",
+    "hidden_size": config.hidden_size,
+    "initializer_range": config.initializer_range,
+    "max_position_embeddings": config.max_position_embeddings,
+    "num_attention_heads": config.num_attention_heads,
+    "num_hidden_layers": config.num_hidden_layers,
+    "num_key_value_heads": config.kv_heads,
+    "pad_token_id": config.pad_token_id,
+    "rms_norm_eps": config.rms_norm_eps,
+    "rope_scaling": None,
+    "rope_theta": config.rope_theta,
+    "tie_word_embeddings": config.tie_word_embeddings,
+    "torch_dtype": config.param_dtype,
+    "vocab_size": config.vocab_size,
+  }

@@ -9,7 +9,7 @@ from lladax.hub.family import (
   check_whole_heads,
   given,
   need,
-  rope_theta,
+  stored_fields,
 )
 from lladax.hub.names import Names
 from lladax.models import ModelConfig
@@ -62,15 +62,11 @@ class Llada(Family):
         given(config, "mlp_hidden_size", None) or need(config, "mlp_ratio") * width
       ),
       max_position_embeddings=need(config, "max_sequence_length"),
-      rope_theta=rope_theta(config),
-      rms_norm_eps=need(config, "rms_norm_eps", float),
       qk_norm=False,
       attention_bias=given(config, "include_qkv_bias", False, bool),
       tie_word_embeddings=need(config, "weight_tying", bool),
       initializer_range=given(config, "init_std", 0.02, float),
-      dtype=dtype,
-      param_dtype=dtype,
-      **{"mask_token_id": None, **ids},
+      **stored_fields(config, ids, dtype),
     )
 
   def hf_config(self, config) -> dict:

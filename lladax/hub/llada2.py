@@ -9,7 +9,8 @@ from lladax.hub.family import (
   given,
   need,
   partial_rotary_factor,
-  rope_theta,
+  usual_fields,
+  usual_keys,
 )
 from lladax.hub.names import Names
 from lladax.models import ModelConfig
@@ -43,25 +44,14 @@ class Llada2(Family):
     head_dim = given(config, "head_dim", None) or width // max(heads, 1)
     first_k_dense = given(config, "first_k_dense_replace", 0)
     return ModelConfig(
-      vocab_size=need(config, "vocab_size"),
-      hidden_size=width,
-      num_hidden_layers=need(config, "num_hidden_layers"),
-      num_attention_heads=heads,
       num_key_value_heads=given(config, "num_key_value_heads", None) or None,
       head_dim=head_dim,
       intermediate_size=need(config, "intermediate_size") if first_k_dense else None,
       moe=_experts(config),
       first_k_dense=first_k_dense,
-      max_position_embeddings=need(config, "max_position_embeddings"),
-      rope_theta=rope_theta(config),
       partial_rotary_factor=_rotary_share(config, head_dim),
-      rms_norm_eps=need(config, "rms_norm_eps", float),
       attention_bias=given(config, "use_qkv_bias", False, bool),
-      tie_word_embeddings=given(config, "tie_word_embeddings", False, bool),
-      initializer_range=given(config, "initializer_range", 0.02, float),
-      dtype=dtype,
-      param_dtype=dtype,
-      **{"mask_token_id": None, **ids},
+      **usual_fields(config, ids, dtype),
     )
 
   def hf_config(self, config) -> dict:
@@ -72,18 +62,13 @@ class Llada2(Family):
       raise ValueError(f"moe.router={moe.router!r}")
     shared = moe.shared_expert_intermediate_size or 0
     return {
+      **usual_keys(config),
       "architectures": [self.architectures[0]],
-      "attention_dropout": 0.0,
       "embedding_dropout": 0.0,
-      "eos_token_id": config.eos_token_id,
       "first_k_dense_replace": config.first_k_dense,
       "head_dim": config.head_size,
-      "hidden_act": "silu",
-      "hidden_size": config.hidden_size,
-      "initializer_range": config.initializer_range,
       "intermediate_size": config.intermediate_size,
       "mask_token_id": config.mask_token_id,
-      "max_position_embeddings": config.max_position_embeddings,
       "max_window_layers": 28,
       "model_type": self.model_types[0],
       "moe_intermediate_size": moe.expert_intermediate_size,
@@ -92,26 +77,17 @@ class Llada2(Family):
       "norm_head": False,
       "norm_softmax": False,
       "norm_topk_prob": True,
-      "num_attention_heads": config.num_attention_heads,
       "num_experts": moe.num_experts,
       "num_experts_per_tok": moe.num_experts_per_tok,
-      "num_hidden_layers": config.num_hidden_layers,
-      "num_key_value_heads": config.kv_heads,
       "num_shared_experts": shared // moe.expert_intermediate_size or None,
       "output_dropout": 0.0,
       "output_router_logits": False,
-      "pad_token_id": config.pad_token_id,
       "partial_rotary_factor": config.partial_rotary_factor,
-      "rms_norm_eps": config.rms_norm_eps,
-      "rope_scaling": None,
-      "rope_theta": config.rope_theta,
       "rotary_dim": config.rotary_size,
       "routed_scaling_factor": moe.router.routed_scaling_factor,
       "router_dtype": "fp32",
       "score_function": "sigmoid",
-      "tie_word_embeddings": config.tie_word_embeddings,
       "topk_group": moe.router.topk_group,
-      "torch_dtype": config.param_dtype,
       "use_bias": False,
       "use_cache": False,
       "use_qk_norm": True,
@@ -119,7 +95,6 @@ class Llada2(Family):
       "use_rmsnorm": True,
       "use_sliding_window": False,
       "using_split_qkv_in_self_attention": False,
-      "vocab_size": config.vocab_size,
     }
 
 

@@ -9,7 +9,8 @@ from lladax.hub.family import (
   check_whole_heads,
   given,
   need,
-  rope_theta,
+  usual_fields,
+  usual_keys,
 )
 from lladax.hub.names import Names
 from lladax.models import ModelConfig
@@ -47,23 +48,12 @@ class LladaMoe(Family):
       ),
     )
     return ModelConfig(
-      vocab_size=need(config, "vocab_size"),
-      hidden_size=need(config, "hidden_size"),
-      num_hidden_layers=n,
-      num_attention_heads=need(config, "num_attention_heads"),
       num_key_value_heads=given(config, "num_key_value_heads", None),
       intermediate_size=need(config, "dense_intermediate_size") if dense else None,
       moe=moe,
       first_k_dense=dense,
-      max_position_embeddings=need(config, "max_position_embeddings"),
-      rope_theta=rope_theta(config),
-      rms_norm_eps=need(config, "rms_norm_eps", float),
       qk_norm=given(config, "qk_layernorm", False, bool),
-      tie_word_embeddings=given(config, "tie_word_embeddings", False, bool),
-      initializer_range=given(config, "initializer_range", 0.02, float),
-      dtype=dtype,
-      param_dtype=dtype,
-      **{"mask_token_id": None, **ids},
+      **usual_fields(config, ids, dtype),
     )
 
   def hf_config(self, config) -> dict:
@@ -72,44 +62,29 @@ class LladaMoe(Family):
       raise ValueError("moe=None")
     routed = config.num_routed_layers
     return {
+      **usual_keys(config),
       "architectures": [self.architectures[0]],
       "attention_bias": False,
-      "attention_dropout": 0.0,
       "clip_qkv": None,
       "dense_intermediate_size": config.intermediate_size,
-      "eos_token_id": config.eos_token_id,
       "expert_intermediate_size": moe.expert_intermediate_size,
-      "hidden_act": "silu",
-      "hidden_size": config.hidden_size,
-      "initializer_range": config.initializer_range,
       "mask_token_id": config.mask_token_id,
-      "max_position_embeddings": config.max_position_embeddings,
       "model_type": self.model_types[0],
       "moe_layer_freq": [0] * config.num_dense_layers + [1] * routed,
       "moe_router_enable_expert_bias": moe.router.has_bias,
       "moe_router_score_function": "softmax",
       "norm_topk_prob": False,
-      "num_attention_heads": config.num_attention_heads,
       "num_experts": moe.num_experts,
       "num_experts_per_tok": moe.num_experts_per_tok,
-      "num_hidden_layers": config.num_hidden_layers,
-      "num_key_value_heads": config.kv_heads,
       "output_router_logits": False,
-      "pad_token_id": config.pad_token_id,
       "partial_rotary_factor": 1,
       "qk_layernorm": config.qk_norm,
-      "rms_norm_eps": config.rms_norm_eps,
-      "rope_scaling": None,
-      "rope_theta": config.rope_theta,
       "routed_scaling_factor": 1,
       "router_aux_loss_coef": 0.01,
       "router_num_group": -2,
       "router_topk_group": -2,
       "shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
-      "tie_word_embeddings": config.tie_word_embeddings,
-      "torch_dtype": config.param_dtype,
       "use_cache": False,
-      "vocab_size": config.vocab_size,
     }
 
 

@@ -135,15 +135,15 @@ class Transformer(nn.Module):
     mask: AttentionMask | None = None,
   ) -> tuple[jax.Array, RouterStats | None]:
     """Final hidden states [B, L, D], after the last norm: the one at i predicts token i."""
+    config = self.config
     mask = full() if mask is None else mask
-    if self.config.causal:
+    if config.causal:
       mask = dataclasses.replace(mask, block_length=1)
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = self.embed(tokens).astype(dtype_of(self.config.dtype))  # [B, L, D]
+    x = self.embed(tokens).astype(dtype_of(config.dtype))  # [B, L, D]
     x = constrain(x, "batch", "length", "activation")
     # Once for all layers: left to each of them, XLA takes the cosine anew for every head.
-    config = self.config
     rotary = rotary_tables(positions, config.rotary_size, config.rope_theta, x.dtype)
     stats = None
     if config.num_dense_layers:

@@ -249,13 +249,10 @@ def test_spelled_special_tokens_survive_what_templates_do_to_text():
     assert bytes(ids).decode() == expected
 
 
-def test_an_answer_ends_with_its_turn():
+def test_the_template_names_what_ends_a_turn():
   end, eos = TOKENIZER.engine.token_to_id("<|im_end|>"), TOKENIZER.eos_id
   chat = Chat(TOKENIZER, BUILT_IN["chatml"])
   assert chat.end_of_turn_id == end
-  assert chat.decode([*b"Yes", end, *b"No"]) == "Yes"
-  assert chat.decode([*b"Yes", eos, end]) == "Yes"
-  assert chat.decode([*b"Yes"]) == "Yes"
   assert Chat(TOKENIZER, template("")).end_of_turn_id == eos
 
 

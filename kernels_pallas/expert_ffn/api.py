@@ -27,7 +27,7 @@ def expert_ffn(
 ) -> jax.Array:
   """y_t = sum_j weights_tj * down_j(silu(gate_j x_t) * up_j x_t) over the token's k experts.
 
-  Dropless: every slot is computed, however skewed the groups are. For the backward pass each
+  Every slot of `order` is computed, however skewed the groups are. For the backward pass each
   implementation keeps what suits it; wrap the layer in `jax.checkpoint` to keep the arguments only.
 
   Args:
@@ -35,9 +35,11 @@ def expert_ffn(
     gate_up: [E, D, 2F], gate before up.
     down: [E, F, D].
     weights: float32[T, k].
-    order: int32[T * k]. Slots (token * k + j) sorted by expert.
-    inverse: int32[T * k], the inverse permutation.
-    group_sizes: int32[E], slots per expert; they add up to T * k.
+    order: int32[R]. Slots (token * k + j) sorted by expert; from T * k on: padding, which follows
+      the last group.
+    inverse: int32[T * k], the place of each slot in `order`; from R on: its expert is elsewhere
+      (on another device), and it adds nothing here.
+    group_sizes: int32[E], slots per expert; they add up to at most R.
     implementation: one of `IMPLEMENTATIONS`; None chooses by the platform that is lowered for:
       `live_blocks` on CPU, `grouped_matmul` elsewhere.
 
@@ -54,8 +56,10 @@ def expert_ffn(
       f"expected gate_up [E, D, 2F] and down [E, F, D] for x {x.shape}, "
       f"got {gate_up.shape} and {down.shape}"
     )
-  if order.shape != (weights.size,) or inverse.shape != order.shape:
-    raise ValueError(f"expected order and inverse [{weights.size}], got {order.shape}")
+  if order.ndim != 1 or inverse.shape != (weights.size,):
+    raise ValueError(
+      f"expected order [R] and inverse [{weights.size}], got {order.shape} and {inverse.shape}"
+    )
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
   args = x, gate_up, down, weights, order, inverse, group_sizes
@@ -91,20 +95,20 @@ def _three_passes(x, gate_up, down, weights, order, inverse, group_sizes):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dispatch(x: jax.Array, order: jax.Array, inverse: jax.Array, k: int) -> jax.Array:
-  """[T, D] -> [T * k, D] in expert order, without a k-fold copy of x in between.
+  """[T, D] -> [R, D] in expert order (padding is zero), without a k-fold copy of x in between.
 
   The derivative is a gather and a sum over slots, since a scatter-add is slow everywhere.
   """
   del inverse
-  return x[order // k]
+  return x.at[order // k].get(mode="fill", fill_value=0)
 
 
 def _dispatch_fwd(x, order, inverse, k):
-  return x[order // k], inverse
+  return dispatch(x, order, inverse, k), inverse
 
 
 def _dispatch_bwd(k, inverse, grad):
-  rows = grad[inverse].reshape(-1, k, grad.shape[-1])
+  rows = grad.at[inverse].get(mode="fill", fill_value=0).reshape(-1, k, grad.shape[-1])
   return rows.sum(1, dtype=jnp.float32).astype(grad.dtype), None, None
 
 
@@ -114,16 +118,16 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 @jax.custom_vjp
 def _unsort(rows, order, inverse):
   del order
-  return rows[inverse]
+  return rows.at[inverse].get(mode="fill", fill_value=0)
 
 
 _unsort.defvjp(
-  lambda rows, order, inverse: (rows[inverse], order),
-  lambda order, grad: (grad[order], None, None),
+  lambda rows, order, inverse: (_unsort(rows, order, inverse), order),
+  lambda order, grad: (grad.at[order].get(mode="fill", fill_value=0), None, None),
 )
 
 
 def combine(rows: jax.Array, weights: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-  """[T * k, D] in expert order, weights [T, k] -> their weighted sum, float32[T, D]."""
+  """[R, D] in expert order, weights [T, k] -> their weighted sum, float32[T, D]."""
   slots = _unsort(rows, order, inverse).reshape(*weights.shape, -1)
   return jnp.einsum("tkd,tk->td", slots, weights, preferred_element_type=jnp.float32)

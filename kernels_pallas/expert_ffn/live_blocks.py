@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import cpu
+from kernels_pallas.op import vary_like
 
 
 def forward(x, gate_up, down, weights, order, inverse, group_sizes) -> jax.Array:
@@ -54,9 +55,9 @@ def _forward(x, gate_up, down, weights, order, inverse, group_sizes, *, keep):
     enter=lambda e: (gate_up[e], down[e]),
     body=body,
     leave=lambda e, carry, local: carry,
-    carry=(out, kept),
+    carry=vary_like((out, kept), x, weights, group_sizes),
   )
-  return _sum_slots(out, inverse, weights.shape).astype(x.dtype), kept
+  return _sum_slots(out, inverse, weights.shape, order.shape[0]).astype(x.dtype), kept
 
 
 def backward(x, gate_up, down, weights, order, inverse, group_sizes, hidden, grad):
@@ -67,10 +68,12 @@ def backward(x, gate_up, down, weights, order, inverse, group_sizes, hidden, gra
   tokens, slot_weights, block = _slots(weights, order, group_sizes)
   slots, width, dtype = order.shape[0], down.shape[1], x.dtype
   float32 = jnp.float32
+  refs = x, weights, group_sizes, grad
 
   def enter(e):
     # Transposed once per expert: products with the transposed matrix on the right are slower.
     zeros = jnp.zeros(gate_up.shape[1:], float32), jnp.zeros(down.shape[1:], float32)
+    zeros = vary_like(zeros, *refs)
     return cpu.transposed(gate_up[e]), cpu.transposed(down[e]), *zeros
 
   def body(start, live, carry, local):
@@ -111,19 +114,26 @@ def backward(x, gate_up, down, weights, order, inverse, group_sizes, hidden, gra
     jnp.zeros_like(down),
   )
   dx, dweights, dgate_up, ddown = cpu.for_each_block(
-    group_sizes, block, enter=enter, body=body, leave=leave, carry=carry
+    group_sizes, block, enter=enter, body=body, leave=leave, carry=vary_like(carry, *refs)
   )
-  dweights = dweights[inverse].reshape(weights.shape).astype(weights.dtype)
-  return _sum_slots(dx, inverse, weights.shape).astype(dtype), dgate_up, ddown, dweights
+  dx = _sum_slots(dx, inverse, weights.shape, slots).astype(dtype)
+  dweights = _at_slots(dweights, inverse, slots).reshape(weights.shape).astype(weights.dtype)
+  return dx, dgate_up, ddown, dweights
 
 
 def _slots(weights, order, group_sizes):
   """Token and weight of every slot in expert order, padded by one block."""
   block = cpu.block_rows(order.shape[0], group_sizes.shape[0])
-  order = jnp.pad(order, (0, block))
+  order = jnp.minimum(jnp.pad(order, (0, block)), weights.size - 1)
   return order // weights.shape[1], weights.reshape(-1).astype(jnp.float32)[order], block
 
 
-def _sum_slots(rows, inverse, shape):
-  """[T * k, D] in expert order -> the sum over each token's k slots in float32, [T, D]."""
-  return rows[inverse].reshape(*shape, -1).sum(1, dtype=jnp.float32)
+def _at_slots(rows, inverse, count):
+  """What stands at each slot's place among the first `count` rows, zero where it has none there."""
+  places = jnp.where(inverse < count, inverse, rows.shape[0])
+  return rows.at[places].get(mode="fill", fill_value=0)
+
+
+def _sum_slots(rows, inverse, shape, count):
+  """[R, D] in expert order -> the sum over each token's k slots in float32, [T, D]."""
+  return _at_slots(rows, inverse, count).reshape(*shape, -1).sum(1, dtype=jnp.float32)

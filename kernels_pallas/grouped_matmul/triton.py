@@ -1,0 +1,293 @@
+"""Grouped matmul for GPUs in Pallas's Triton dialect: forward, SwiGLU and the weight gradient.
+
+On Hopper the weight gradient is what it is for: 551 to 580 TFLOP/s where Mosaic's reached 108 to
+116 (tokamax's autotuning data, H100, 131072 rows, 128 experts). Default tiles are those that won
+most often there. jax announces the end of this dialect since 0.11; 0.12 still lowers it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from kernels_pallas import gpu
+from kernels_pallas.grouped_matmul.row_tiles import row_tiles, tile_count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+  """Sides of a block's product, rows x columns summed over depth; warps, and loads in flight."""
+
+  rows: int = 128
+  columns: int = 128
+  depth: int = 32
+  warps: int = 4
+  stages: int = 4
+
+
+FORWARD = Tiling()
+# Two accumulators: half the columns each.
+SWIGLU = Tiling(columns=64)
+# Rows and columns are those of the weights; depth counts rows of lhs and grad.
+GRADIENT_RHS = Tiling(columns=256, depth=64, warps=8, stages=3)
+
+
+def candidates(shape: tuple[int, int, int, int], dtype) -> tuple[Tiling, ...]:
+  """Tilings worth timing for (R, E, D, F), the default of the forward pass first.
+
+  Kept are those whose stages fit 99 KiB of shared memory (the least of Ampere to Ada), or Hopper's
+  227 KiB from 8 warps on.
+  """
+  rows, experts = shape[:2]
+  found = []
+  for tile in (32, 64, 128, 256):
+    for columns in (64, 128, 256):
+      for depth in (32, 64, 128):
+        for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4)):
+          size = (tile + columns) * depth * stages * jnp.dtype(dtype).itemsize
+          fits = size <= (227 if warps == 8 else 99) << 10
+          registers = tile * columns // (32 * warps)  # accumulators of a thread
+          if fits and 16 <= registers <= 128 and tile <= max(32, 2 * rows // experts):
+            found.append(
+              Tiling(rows=tile, columns=columns, depth=depth, warps=warps, stages=stages)
+            )
+  default = _shrunk(FORWARD, *shape[:1], *shape[3:], shape[2])
+  return tuple(dict.fromkeys([default, *found]))
+
+
+def forward(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  transpose_rhs: bool = False,
+  tiling: Tiling | None = None,
+) -> jax.Array:
+  """[R, D] x [E, D, F] -> [R, F] (transposed: [R, F] x [E, D, F] -> [R, D]), zero beyond the groups.
+
+  Raises:
+    ValueError: for weights that 32-bit offsets cannot address.
+  """
+  width = rhs.shape[1 if transpose_rhs else 2]
+  return _products(
+    lhs,
+    rhs,
+    group_sizes,
+    finish=lambda products: products,
+    outputs=(width,),
+    parts=1,
+    transpose_rhs=transpose_rhs,
+    tiling=tiling or FORWARD,
+  )[0]
+
+
+def swiglu(
+  lhs: jax.Array,
+  gate_up: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  keep: bool,
+  tiling: Tiling | None = None,
+):
+  """[R, D] x [E, D, 2F] -> silu(gate) * up [R, F]; with `keep` also both before it, [R, 2F]."""
+  width = gate_up.shape[2] // 2
+
+  def finish(products):
+    gate, up = products
+    activation = (jax.nn.sigmoid(gate) * gate * up,)
+    return (*activation, gate, up) if keep else activation
+
+  outputs = (width, 2 * width, 2 * width) if keep else (width,)
+  out = _products(
+    lhs,
+    gate_up,
+    group_sizes,
+    finish=finish,
+    outputs=outputs,
+    parts=2,
+    transpose_rhs=False,
+    tiling=tiling or SWIGLU,
+  )
+  return tuple(out) if keep else out[0]
+
+
+def gradient_rhs(
+  lhs: jax.Array,
+  grad: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  dtype,
+  tiling: Tiling | None = None,
+) -> jax.Array:
+  """[R, D], [R, F] -> [E, D, F] in `dtype`, accumulated in float32; zero for empty groups."""
+  (rows, depth), width, groups = lhs.shape, grad.shape[1], group_sizes.shape[0]
+  _check_size((groups, depth, width))
+  # The roles change: the weights' D and F are the sides, rows are summed over.
+  tiling = _shrunk(tiling or GRADIENT_RHS, depth, width, rows)
+  ends = jnp.cumsum(group_sizes.astype(jnp.int32))
+  return _call(
+    functools.partial(_gradient_rhs_kernel, tiling=tiling),
+    jax.ShapeDtypeStruct((groups, depth, width), dtype),
+    grid=(pl.cdiv(width, tiling.columns), pl.cdiv(depth, tiling.rows), groups),
+    tiling=tiling,
+  )(ends - group_sizes.astype(jnp.int32), ends, lhs, grad)
+
+
+def _products(lhs, rhs, group_sizes, *, finish, outputs, parts, transpose_rhs, tiling):
+  rows, depth = lhs.shape
+  width = rhs.shape[1 if transpose_rhs else 2] // parts
+  _check_size(rhs.shape)
+  if not rows:
+    return [jnp.zeros((0, size), lhs.dtype) for size in sorted(set(outputs))]
+  tiling = _shrunk(tiling, rows, width, depth)
+  tiles = row_tiles(group_sizes, rows, tiling.rows)
+  kernel = functools.partial(
+    _products_kernel,
+    finish=finish,
+    parts=parts,
+    width=width,
+    transpose_rhs=transpose_rhs,
+    tiling=tiling,
+  )
+  return _call(
+    kernel,
+    [jax.ShapeDtypeStruct((rows, size), lhs.dtype) for size in sorted(set(outputs))],
+    grid=(pl.cdiv(width, tiling.columns), tile_count(rhs.shape[0], rows, tiling.rows)),
+    tiling=tiling,
+  )(tiles.group, tiles.start, tiles.high, lhs, rhs)
+
+
+def _products_kernel(
+  group_ref, start_ref, high_ref, lhs, rhs, *outs, finish, parts, width, transpose_rhs, tiling
+):
+  """One tile of rows by one of columns: a product per part of the columns, then `finish`."""
+  column, tile = pl.program_id(0), pl.program_id(1)
+  group, start, high = group_ref[tile], start_ref[tile], high_ref[tile]
+  experts, depth = rhs.shape[0], lhs.shape[1]
+  rows = start + _iota(tiling.rows)
+  # Rows of the next group, or the last row of all, stand in for those that are not stored.
+  reach = jnp.minimum(rows, lhs.shape[0] - 1)[:, None]
+  columns = column * tiling.columns + _iota(tiling.columns)
+  inside = _mask(columns, width, tiling.columns)
+  expert = jnp.minimum(group, experts - 1)
+  # The rows beyond the groups have no product; nor has a tile without rows.
+  live = (group < experts) & (start < high)
+  steps = jnp.where(live, pl.cdiv(depth, tiling.depth), 0)
+
+  def step(i, sums):
+    inner = i * tiling.depth + _iota(tiling.depth)
+    known = _mask(inner, depth, tiling.depth)
+    left = _load(lhs, (reach, inner[None]), None, known)
+    result = []
+    for part, total in enumerate(sums):
+      if transpose_rhs:
+        right = _load(rhs, (expert, columns[:, None], inner[None]), inside, known)
+      else:
+        right = _load(rhs, (expert, inner[:, None], part * width + columns[None]), known, inside)
+      result.append(total + _dot(left, right, 1, 1 if transpose_rhs else 0))
+    return tuple(result)
+
+  zeros = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
+  results = finish(lax.fori_loop(0, steps, step, (zeros,) * parts))
+  # One result per output; of three, the last two are the halves of the second output.
+  for i, result in enumerate(results):
+    where = rows[:, None], width * (i == 2) + columns[None]
+    _store(outs[min(i, 1)], where, result, rows < high, inside)
+
+
+def _gradient_rhs_kernel(start_ref, end_ref, lhs, grad, out, *, tiling):
+  """One tile of one expert's weights: whole steps over the group's rows, then the ragged one."""
+  column, row, group = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+  start, end = start_ref[group], end_ref[group]
+  depth, width = out.shape[1:]
+  rows, columns = row * tiling.rows + _iota(tiling.rows), column * tiling.columns
+  columns = columns + _iota(tiling.columns)
+  known, inside = _mask(rows, depth, tiling.rows), _mask(columns, width, tiling.columns)
+
+  def step(i, total, ragged):
+    inner = start + i * tiling.depth + _iota(tiling.depth)
+    # Both factors are cut: a poisoned row beyond the group must not leak through 0 * nan.
+    live = inner < end if ragged else None
+    inner = jnp.minimum(inner, lhs.shape[0] - 1)[:, None]
+    left = _load(lhs, (inner, rows[None]), live, known)
+    right = _load(grad, (inner, columns[None]), live, inside)
+    return total + _dot(left, right, 0, 0)
+
+  # Unless the group is empty; there is no row to read then.
+  whole, last = (end - start) // tiling.depth, pl.cdiv(end - start, tiling.depth)
+  total = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
+  total = lax.fori_loop(0, whole, lambda i, total: step(i, total, False), total)
+  total = lax.fori_loop(whole, last, lambda i, total: step(i, total, True), total)
+  _store(out, (group, rows[:, None], columns[None]), total, known, inside)
+
+
+def _iota(size):
+  return jnp.arange(size, dtype=jnp.int32)
+
+
+def _mask(index, size, block):
+  """Which indices exist; None where the block divides the size: all do."""
+  return None if size % block == 0 else index < size
+
+
+def _both(down, across):
+  """bool[a] or None, bool[b] or None -> bool[a, b], or None where nothing is masked."""
+  masks = [x for x in (down if down is None else down[:, None], across) if x is not None]
+  return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def _load(ref, where, down, across):
+  mask = _both(down, across)
+  target = ref.at[where]
+  return plt.load(target) if mask is None else plt.load(target, mask=mask, other=0)
+
+
+def _store(ref, where, value, down, across):
+  plt.store(ref.at[where], value.astype(ref.dtype), mask=_both(down, across))
+
+
+def _dot(left, right, left_axis, right_axis):
+  """A product in float32; float32 factors are not rounded to TF32."""
+  precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+  return lax.dot_general(
+    left,
+    right.astype(left.dtype),
+    (((left_axis,), (right_axis,)), ((), ())),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _call(kernel, out_shape, *, grid, tiling):
+  return pl.pallas_call(
+    kernel,
+    out_shape=out_shape,
+    grid=grid,
+    compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+    interpret=gpu.interpreting(),
+  )
+
+
+def _shrunk(tiling, rows, columns, depth):
+  """Tiles no larger than the matrices need: powers of two, at least 16 as `tl.dot` asks."""
+  sides = {"rows": rows, "columns": columns, "depth": depth}
+  least = {name: max(16, pl.next_power_of_2(max(size, 1))) for name, size in sides.items()}
+  return dataclasses.replace(
+    tiling, **{name: min(getattr(tiling, name), size) for name, size in least.items()}
+  )
+
+
+def _check_size(shape):
+  # Offsets are counted in 32 bits with a sign.
+  if math.prod(shape) > 2**31:
+    raise ValueError(
+      f"Triton kernels address up to 2**31 weights, got {shape}: use mosaic_gpu, or hold fewer "
+      "experts per device"
+    )

@@ -7,7 +7,6 @@ what is made for a chip asks `target_device_kind`, which `target` overrides.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -45,7 +44,6 @@ def vary_like(x, *references):
   return jax.tree.map(vary, x)
 
 
-@contextlib.contextmanager
 def target(device_kind: str):
   """What is traced inside is meant for this kind of device, whatever the default device is.
 
@@ -60,8 +58,7 @@ def target(device_kind: str):
       f"unknown device kind {device_kind!r}; expected the device_kind of a device, such as "
       "'TPU v5', 'NVIDIA H100 80GB HBM3' or 'cpu'"
     )
-  with _TARGET(device_kind):
-    yield
+  return _TARGET(device_kind)
 
 
 def target_device_kind() -> str:
@@ -78,11 +75,9 @@ def target_platform() -> str:
   return {"T": "tpu", "N": "cuda", "c": "cpu"}[kind[0]]
 
 
-@contextlib.contextmanager
 def interpret():
   """Pallas kernels traced inside run step by step in XLA operations, on any platform: for tests."""
-  with _INTERPRET(True):
-    yield
+  return _INTERPRET(True)
 
 
 def interpreted() -> bool:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import cpu
+from kernels_pallas.op import vary_like
 
 
 def forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -24,7 +25,7 @@ def forward(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array
     enter=lambda group: rhs[group],
     body=body,
     leave=lambda group, out, weight: out,
-    carry=jnp.zeros((rows + block, rhs.shape[2]), lhs.dtype),
+    carry=vary_like(jnp.zeros((rows + block, rhs.shape[2]), lhs.dtype), lhs, rhs, group_sizes),
   )
   return out[:rows]
 
@@ -38,7 +39,7 @@ def gradient_rhs(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype)
   rows, groups = lhs.shape[0], group_sizes.shape[0]
   block = cpu.block_rows(rows, groups)
   lhs, grad = (jnp.pad(x, ((0, block), (0, 0))) for x in (lhs, grad))
-  shape = (lhs.shape[1], grad.shape[1])
+  shape, refs = (lhs.shape[1], grad.shape[1]), (lhs, grad, group_sizes)
 
   def body(start, live, out, total):
     # Both factors are cut: a poisoned row beyond the group must not leak through 0 * inf.
@@ -49,8 +50,8 @@ def gradient_rhs(lhs: jax.Array, grad: jax.Array, group_sizes: jax.Array, dtype)
   return cpu.for_each_block(
     group_sizes,
     block,
-    enter=lambda group: jnp.zeros(shape, jnp.float32),
+    enter=lambda group: vary_like(jnp.zeros(shape, jnp.float32), *refs),
     body=body,
     leave=lambda group, out, total: out.at[group].set(total.astype(dtype)),
-    carry=jnp.zeros((groups, *shape), dtype),
+    carry=vary_like(jnp.zeros((groups, *shape), dtype), *refs),
   )

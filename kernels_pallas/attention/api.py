@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.attention import reference, row_blocks
+from kernels_pallas.attention import chunked, cudnn, reference, row_blocks, splash
+from kernels_pallas.op import vary_like
 
-IMPLEMENTATIONS = ("row_blocks", "reference")
+IMPLEMENTATIONS = ("row_blocks", "chunked", "splash", "cudnn", "reference")
 
 
 def attention(
@@ -18,70 +21,152 @@ def attention(
   value: jax.Array,
   segment_ids: jax.Array | None = None,
   *,
+  key_segment_ids: jax.Array | None = None,
   block_length: int | None = None,
+  query_offset: int | jax.Array = 0,
   implementation: str | None = None,
 ) -> jax.Array:
   """softmax(q k^T / sqrt(H)) v with a float32 softmax.
 
   Args:
     query: [B, L, N, H].
-    key, value: [B, L, K, H]; K divides N, each key head serves N / K queries.
-    segment_ids: int32[B, L] or None; a position attends within its own segment only.
+    key, value: [B, S, K, H]; K divides N, each key head serves N / K queries.
+    segment_ids: int32[B, L] or None; a position attends within its own segment only. A query whose
+      segment has no key that it may see gives 0, and no gradient.
+    key_segment_ids: int32[B, S], the segments of the keys; None: those of the queries (S = L).
     block_length: None, or blocks of a block-causal mask: own block and earlier ones.
-    implementation: one of `IMPLEMENTATIONS`; None: `row_blocks` where lowered for a CPU,
-      `reference` elsewhere.
+    query_offset: position of the first query among the keys, from 0, for `block_length`; may be
+      traced, for a shard of a sequence whose keys were gathered.
+    implementation: one of `IMPLEMENTATIONS`; None chooses by the platform that is lowered for.
+      `row_blocks`: CPU, a few rows of the batch at a time. `chunked`: anywhere, a few queries at a
+      time. `splash`: TPU (where lowered for a CPU its kernels are interpreted, slowly). `cudnn`:
+      NVIDIA. `reference`: all scores at once. By default TPUs get `splash` from 128 queries and
+      keys on and NVIDIA GPUs `cudnn`, where they take these operands, CPUs `row_blocks` while the
+      scores of a row of the batch stay within 64 MiB, and everything else `chunked`. None of them but `row_blocks` and `reference`
+      ever holds the scores [L, S] of all heads.
 
   Returns:
     [B, L, N, H] in the dtype of `query`.
 
   Raises:
-    ValueError: for shapes that do not fit or an unknown implementation.
+    ValueError: for operands that do not fit, an unknown implementation, or one that was named and
+      cannot take them, with its reason.
   """
+  _check(query, key, value, segment_ids, key_segment_ids, block_length, query_offset)
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
+  segments = limits = None
+  if segment_ids is not None:
+    segments = segment_ids, segment_ids if key_segment_ids is None else key_segment_ids
+  if block_length is not None:
+    position = query_offset + jnp.arange(query.shape[1], dtype=jnp.int32)
+    limits = (position // block_length + 1) * block_length - 1
+  args = jax.tree.map(jnp.asarray, (query, key, value, segments, limits))
+  args = vary_like(args, args)
+  at_start = isinstance(query_offset, int) and query_offset == 0
+  causal = block_length == 1 and at_start and query.shape[1] == key.shape[1]
+  kernels = _choose(implementation, *args, causal)
+  out = reference.attention(*args) if kernels is None else _run(kernels, *args)
+  if key_segment_ids is None:
+    return out  # everybody sees at least itself
+  # Without a key the softmax is over nothing. Zeros also stop the gradient there.
+  alone = ~reference.allowed(*args[3:], key.shape[1]).any(-1)  # [B, L]
+  return jnp.where(alone[..., None, None], 0, out)
+
+
+def _check(query, key, value, segment_ids, key_segment_ids, block_length, query_offset):
   fits = query.ndim == key.ndim == 4 and key.shape == value.shape
-  fits = fits and (*query.shape[:2], query.shape[3]) == (*key.shape[:2], key.shape[3])
+  fits = fits and (query.shape[0], query.shape[3]) == (key.shape[0], key.shape[3])
   if not fits or query.shape[2] % key.shape[2]:
     raise ValueError(
-      "expected query [B, L, N, H] and key, value [B, L, K, H] with K dividing N, got "
+      "expected query [B, L, N, H] and key, value [B, S, K, H] with K dividing N, got "
       f"{query.shape}, {key.shape} and {value.shape}"
     )
   if segment_ids is not None and segment_ids.shape != query.shape[:2]:
     raise ValueError(f"expected segment_ids {query.shape[:2]}, got {segment_ids.shape}")
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
-  args = (query, key, value) if segment_ids is None else (query, key, value, segment_ids)
-  plain = functools.partial(_plain, block_length)
-  rows = functools.partial(_row_blocks, block_length)
-  if implementation is None:
-    return _by_platform(block_length, *args)
-  return (rows if implementation == "row_blocks" else plain)(*args)
+  if key_segment_ids is not None:
+    if segment_ids is None:
+      raise ValueError("expected segment_ids of the queries beside key_segment_ids, got None")
+    if key_segment_ids.shape != key.shape[:2]:
+      raise ValueError(f"expected key_segment_ids {key.shape[:2]}, got {key_segment_ids.shape}")
+  elif segment_ids is not None and key.shape[1] != query.shape[1]:
+    raise ValueError(
+      f"expected key_segment_ids {key.shape[:2]}, as there are {query.shape[1]} queries and "
+      f"{key.shape[1]} keys; got None"
+    )
+  if block_length is not None and block_length < 1:
+    raise ValueError(f"expected a block_length of at least 1, got {block_length}")
+  if isinstance(query_offset, int) and query_offset < 0:
+    raise ValueError(f"expected a query_offset of at least 0, got {query_offset}")
 
 
-def _plain(block_length, query, key, value, ids=None):
-  return reference.attention(query, key, value, ids, block_length)
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+  """The names of what runs on each platform."""
+
+  cpu: str
+  tpu: str
+  cuda: str
+  causal: bool
+
+
+def _choose(implementation, query, key, value, segments, limits, causal) -> _Kernels | None:
+  """None for the reference, which JAX differentiates."""
+  del value
+  refusals = {
+    "splash": splash.refusal(query, key),
+    "cudnn": cudnn.refusal(query, key, segments, limits, causal),
+  }
+  if implementation == "reference":
+    return None
+  if implementation is not None:
+    if reason := refusals.get(implementation):
+      raise ValueError(
+        f"{implementation!r} cannot run here: {reason}. Use another implementation ('chunked' "
+        "takes everything) or None, which chooses"
+      )
+    return _Kernels(implementation, implementation, implementation, causal)
+  scores = query.shape[1] * query.shape[2] * key.shape[1]
+  on_tpu = refusals["splash"] is None and splash.worthwhile(query, key)
+  return _Kernels(
+    cpu="row_blocks" if scores <= chunked.SCORES_PER_CHUNK else "chunked",
+    tpu="splash" if on_tpu else "chunked",
+    cuda="chunked" if refusals["cudnn"] else "cudnn",
+    causal=causal,
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row_blocks(block_length, query, key, value, ids=None):
-  return row_blocks.forward(query, key, value, ids, block_length)[0]
+def _run(kernels, query, key, value, segments, limits):
+  return _run_fwd(kernels, query, key, value, segments, limits)[0]
 
 
-def _row_blocks_fwd(block_length, query, key, value, ids=None):
-  out, log_norm = row_blocks.forward(query, key, value, ids, block_length)
-  return out, (query, key, value, out, log_norm, ids)
+def _run_fwd(kernels, *args):
+  out, log_norm = _by_platform(kernels, "forward", *args)
+  return out, (*args, out, log_norm)
 
 
-def _row_blocks_bwd(block_length, residuals, grad):
-  *saved, ids = residuals
-  grads = row_blocks.backward(*saved, grad, ids, block_length)
-  return (*grads, None)
+def _run_bwd(kernels, residuals, grad):
+  return (*_by_platform(kernels, "backward", *residuals, grad), None, None)
 
 
-_row_blocks.defvjp(_row_blocks_fwd, _row_blocks_bwd)
+_run.defvjp(_run_fwd, _run_bwd)
 
 
-def _by_platform(block_length, *args):
-  return lax.platform_dependent(
-    *args,
-    cpu=functools.partial(_row_blocks, block_length),
-    default=functools.partial(_plain, block_length),
-  )
+def _by_platform(kernels, direction, *args):
+  """`forward` or `backward` of what runs on the platform that is lowered for."""
+  modules = {"row_blocks": row_blocks, "chunked": chunked, "splash": splash, "cudnn": cudnn}
+
+  def function(name, **options):
+    if name == "cudnn":
+      options = {"causal": kernels.causal}
+    return functools.partial(getattr(modules[name], direction), **options)
+
+  names = {"cpu": kernels.cpu, "tpu": kernels.tpu, "cuda": kernels.cuda}
+  if set(names.values()) == {"splash"}:
+    interpreted = function("splash", interpret=True)
+    return lax.platform_dependent(*args, cpu=interpreted, default=function("splash"))
+  if len(set(names.values())) == 1:
+    return function(names["cpu"])(*args)
+  branches = {platform: function(name) for platform, name in names.items() if name != "chunked"}
+  return lax.platform_dependent(*args, **branches, default=function("chunked"))

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.attention.reference import allowed
+from kernels_pallas.attention.reference import NEVER, allowed
 from kernels_pallas.cpu import transposed
 
 SCORES_PER_BLOCK = 1 << 19  # float32 scores that fit a core's cache twice
 
 
-def forward(query, key, value, segment_ids=None, block_length=None):
-  """[B, L, N, H] with K key heads -> (out [B, L, N, H], log of the softmax norm [B, N, L])."""
+def forward(query, key, value, segments=None, limits=None):
+  """-> (out [B, L, N, H], log of the softmax norm float32[B, N, L])."""
 
   def rows(args):
     query, key, value, *mask = args
@@ -36,10 +36,10 @@ def forward(query, key, value, segment_ids=None, block_length=None):
     out = _batched(weights.astype(v.dtype), v) / norm
     return jnp.swapaxes(out, 1, 2).astype(query.dtype), (peak + jnp.log(norm))[..., 0]
 
-  return _map_rows(rows, query, key, value, _mask(query, segment_ids, block_length))
+  return _map_rows(rows, query, key, value, _mask(query, key, segments, limits))
 
 
-def backward(query, key, value, out, log_norm, grad, segment_ids=None, block_length=None):
+def backward(query, key, value, segments, limits, out, log_norm, grad):
   """Gradients of query, key and value."""
 
   def rows(args):
@@ -58,16 +58,15 @@ def backward(query, key, value, out, log_norm, grad, segment_ids=None, block_len
     grads = (dquery, query.dtype), (dkey, key.dtype), (dvalue, value.dtype)
     return tuple(jnp.swapaxes(g, 1, 2).astype(dtype) for g, dtype in grads)
 
-  mask = _mask(query, segment_ids, block_length)
-  if block_length is not None:  # segments alone are symmetric
-    mask = jnp.swapaxes(mask, 1, 2)
+  mask = _mask(query, key, segments, limits)
+  mask = None if mask is None else jnp.swapaxes(mask, 1, 2)
   delta = jnp.swapaxes((out.astype(jnp.float32) * grad).sum(-1), 1, 2)  # [B, N, L]
   return _map_rows(rows, query, key, value, delta, log_norm, grad, mask)
 
 
-def _mask(query, segment_ids, block_length):
-  """bool[B, L, L] over (query, key), or None."""
-  mask = allowed(query.shape[1], segment_ids, block_length)
+def _mask(query, key, segments, limits):
+  """bool[B, L, S] over (query, key), or None."""
+  mask = allowed(segments, limits, key.shape[1])
   return None if mask is None else jnp.broadcast_to(mask, (query.shape[0], *mask.shape[1:]))
 
 
@@ -81,7 +80,7 @@ def _heads_first(query, key, value):
 
 def _scores(rows, columns, mask=None):
   scores = _batched(rows, _right_transposed(columns))
-  return scores if mask is None else jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+  return scores if mask is None else jnp.where(mask[:, None], scores, NEVER)
 
 
 def _right_transposed(x):
@@ -101,8 +100,8 @@ def _sum_groups(grad, kv_heads):
 def _map_rows(f, *args):
   """`f` over blocks of the batch; a trailing None among `args` is left out."""
   args = tuple(x for x in args if x is not None)
-  B, L, N = args[0].shape[:3]
-  rows = max(1, min(B, SCORES_PER_BLOCK // (N * L * L)))
+  (B, L, N), S = args[0].shape[:3], args[1].shape[1]
+  rows = max(1, min(B, SCORES_PER_BLOCK // (N * L * S)))
   while B % rows:
     rows -= 1
   if rows == B:

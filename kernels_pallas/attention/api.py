@@ -7,10 +7,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from kernels_pallas import op
 from kernels_pallas.attention import chunked, cudnn, reference, row_blocks, splash
-from kernels_pallas.op import vary_like
 
 IMPLEMENTATIONS = ("row_blocks", "chunked", "splash", "cudnn", "reference")
 
@@ -39,18 +38,17 @@ def attention(
       traced, for a shard of a sequence whose keys were gathered.
     implementation: one of `IMPLEMENTATIONS`; None chooses by the platform that is lowered for.
       `row_blocks`: CPU, a few rows of the batch at a time. `chunked`: anywhere, a few queries at a
-      time. `splash`: TPU (where lowered for a CPU its kernels are interpreted, slowly). `cudnn`:
-      NVIDIA. `reference`: all scores at once. By default TPUs get `splash` from 128 queries and
-      keys on and NVIDIA GPUs `cudnn`, where they take these operands, CPUs `row_blocks` while the
-      scores of a row of the batch stay within 64 MiB, and everything else `chunked`. None of them but `row_blocks` and `reference`
-      ever holds the scores [L, S] of all heads.
+      time. `splash`: TPU. `cudnn`: NVIDIA. `reference`: all scores at once. By default TPUs get
+      `splash` from 128 queries and keys on and NVIDIA GPUs `cudnn`, where they take these operands;
+      CPUs `row_blocks` while the scores of a row of the batch stay within 64 MiB; and everything
+      else `chunked`. Of these only `row_blocks` and `reference` hold all scores of a row at once.
 
   Returns:
     [B, L, N, H] in the dtype of `query`.
 
   Raises:
     ValueError: for operands that do not fit, an unknown implementation, or one that was named and
-      cannot take them, with its reason.
+      cannot take them, with its reason. When lowered: one that was named and runs elsewhere.
   """
   _check(query, key, value, segment_ids, key_segment_ids, block_length, query_offset)
   if implementation not in (None, *IMPLEMENTATIONS):
@@ -62,10 +60,10 @@ def attention(
     position = query_offset + jnp.arange(query.shape[1], dtype=jnp.int32)
     limits = (position // block_length + 1) * block_length - 1
   args = jax.tree.map(jnp.asarray, (query, key, value, segments, limits))
-  args = vary_like(args, args)
+  args = op.vary_like(args, args)
   at_start = isinstance(query_offset, int) and query_offset == 0
   causal = block_length == 1 and at_start and query.shape[1] == key.shape[1]
-  kernels = _choose(implementation, *args, causal)
+  kernels = _choose(implementation, query, key, *args[3:], causal)
   out = reference.attention(*args) if kernels is None else _run(kernels, *args)
   if key_segment_ids is None:
     return out  # everybody sees at least itself
@@ -102,7 +100,7 @@ def _check(query, key, value, segment_ids, key_segment_ids, block_length, query_
 
 @dataclasses.dataclass(frozen=True)
 class _Kernels:
-  """The names of what runs on each platform."""
+  """The names of what runs on each platform, and what cuDNN must be told."""
 
   cpu: str
   tpu: str
@@ -110,9 +108,8 @@ class _Kernels:
   causal: bool
 
 
-def _choose(implementation, query, key, value, segments, limits, causal) -> _Kernels | None:
+def _choose(implementation, query, key, segments, limits, causal) -> _Kernels | None:
   """None for the reference, which JAX differentiates."""
-  del value
   refusals = {
     "splash": splash.refusal(query, key),
     "cudnn": cudnn.refusal(query, key, segments, limits, causal),
@@ -142,31 +139,33 @@ def _run(kernels, query, key, value, segments, limits):
 
 
 def _run_fwd(kernels, *args):
-  out, log_norm = _by_platform(kernels, "forward", *args)
+  out, log_norm = _dispatch(kernels, "forward", *args)
   return out, (*args, out, log_norm)
 
 
 def _run_bwd(kernels, residuals, grad):
-  return (*_by_platform(kernels, "backward", *residuals, grad), None, None)
+  return (*_dispatch(kernels, "backward", *residuals, grad), None, None)
 
 
 _run.defvjp(_run_fwd, _run_bwd)
 
 
-def _by_platform(kernels, direction, *args):
+def _dispatch(kernels, direction, *args):
   """`forward` or `backward` of what runs on the platform that is lowered for."""
-  modules = {"row_blocks": row_blocks, "chunked": chunked, "splash": splash, "cudnn": cudnn}
+  modules = {
+    "row_blocks": (row_blocks, {}),
+    "chunked": (chunked, {}),
+    "splash": (splash, {"interpret": op.interpreted()}),
+    "cudnn": (cudnn, {"causal": kernels.causal}),
+  }
 
-  def function(name, **options):
-    if name == "cudnn":
-      options = {"causal": kernels.causal}
-    return functools.partial(getattr(modules[name], direction), **options)
+  def function(name):
+    module, options = modules[name]
+    return functools.partial(getattr(module, direction), **options)
 
   names = {"cpu": kernels.cpu, "tpu": kernels.tpu, "cuda": kernels.cuda}
-  if set(names.values()) == {"splash"}:
-    interpreted = function("splash", interpret=True)
-    return lax.platform_dependent(*args, cpu=interpreted, default=function("splash"))
-  if len(set(names.values())) == 1:
-    return function(names["cpu"])(*args)
-  branches = {platform: function(name) for platform, name in names.items() if name != "chunked"}
-  return lax.platform_dependent(*args, **branches, default=function("chunked"))
+  if len(set(names.values())) > 1:
+    return op.by_platform(*args, **{platform: function(name) for platform, name in names.items()})
+  name = kernels.cpu
+  platform = {"splash": "tpu", "cudnn": "cuda"}.get(name)
+  return op.only_on(platform, name, function(name), *args) if platform else function(name)(*args)

@@ -50,9 +50,8 @@ def backward(query, key, value, segments, limits, out, log_norm, grad):
   def body(carry, i):
     dkey, dvalue = carry
     q, g, norm, d = (chunks.take(i, x) for x in (query, grad, log_norm, delta))
-    # Rows beyond the last query have norm 0 and no gradient: they must not overflow either.
-    inside = chunks.inside(i)[:, None]
-    weights = jnp.where(inside, jnp.exp(chunks.scores(i, query, key) - _by_head(norm)), 0)
+    # Rows beyond the last query are zeros in all four: their weights are 1 or 0 and reach nothing.
+    weights = jnp.exp(chunks.scores(i, query, key) - _by_head(norm))
     dvalue += einsum("bkgcs,bckgh->bskh", weights.astype(g.dtype), g)
     dweights = einsum("bckgh,bskh->bkgcs", g, value)
     dscores = (weights * (dweights - _by_head(d))).astype(query.dtype)
@@ -88,9 +87,6 @@ class _Chunks:
     pad[axis] = (0, self.number * self.size - self.length)
     x = lax.dynamic_slice_in_dim(jnp.pad(x, pad), i * self.size, self.size, axis)
     return x if x.ndim < 3 else x.reshape(*x.shape[:2], self.heads, -1, *x.shape[3:])
-
-  def inside(self, i):
-    return i * self.size + jnp.arange(self.size) < self.length
 
   def scores(self, i, query, key):
     """float32[B, K, G, C, S] of chunk i, masked."""

@@ -132,8 +132,12 @@ def assert_close(got, want, tolerance=1e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("implementation", RUNNABLE)
+# Interpreted kernels are slow to compile: theirs are the cases that hold the others.
+@pytest.mark.parametrize(
+  "implementation, case",
+  [(name, case) for name in RUNNABLE if name != "splash" for case in CASES]
+  + [("splash", case) for case in ("full", "packed_block_causal", "later_queries")],
+)
 def test_values_and_gradients(implementation, case):
   case = CASES[case]
   args = case.operands()
@@ -163,12 +167,13 @@ def test_chunks_of_queries(monkeypatch, case, size):
   assert_close(value_and_gradients("chunked", case, *args), softmax_attention(case, *args))
 
 
-# Neither length is a multiple of a block, and some blocks of scores are beyond every limit.
+# Lengths are no multiples of a block, some blocks of scores are beyond every limit, and the last
+# limit is beyond the last key.
 @pytest.mark.parametrize(
   "case",
   [
     Case(batch=2, queries=300, keys=300, heads=(2, 1), packed=True),
-    Case(batch=1, queries=260, keys=400, heads=(2, 2), block_length=32, offset=100),
+    Case(batch=1, queries=260, keys=400, heads=(2, 2), block_length=32, offset=140),
   ],
 )
 def test_splash_of_many_blocks(monkeypatch, case):

@@ -1,64 +1,42 @@
 """Where jax 0.10.2 to 0.12 differ for Pallas kernels on a GPU, in one place.
 
-Lowering for CUDA on a machine that has no GPU asks newer versions for a device to lower for
-(`lowering_for`), and numerics there come from interpreters (`interpreted`): Pallas's own for kernels
-in Triton's style in every version, Mosaic's for Hopper kernels from 0.12 on.
+The kernels are spelled in what these versions have in common: `plgpu.kernel(out_type=,
+scratch_types=)` under warpgroup semantics for Hopper, `pl.pallas_call` with `plt.CompilerParams`
+and `lax.dot_general` for Triton. Left is this. To lower for CUDA on a machine that has no GPU,
+newer versions ask what to lower for (`lowering_for`). And `op.interpret()` runs kernels on a CPU:
+those in Triton's style in every version, Mosaic's from 0.12 on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-# Multiprocessors that are lowered for when there is no device to ask: both have 132 (SXM).
-HOPPER = {"NVIDIA H100 80GB HBM3": 132, "NVIDIA H200": 132}
+from kernels_pallas import op
 
-_interpreting = contextvars.ContextVar("interpreting", default=False)
-
-
-def lowering_for(kind: str = "NVIDIA H100 80GB HBM3", cores: int = 132):
-  """A context in which `lower(lowering_platforms=("cuda",))` works on a machine without a GPU.
-
-  Args:
-    kind: what `jax.Device.device_kind` would say.
-    cores: the number of multiprocessors.
-  """
-  device = AbstractDevice(kind, cores, "gpu")
-  return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200", "NVIDIA H800", "NVIDIA H20")
+# Multiprocessors to start blocks on where no device says how many: an H100's or H200's (SXM).
+CORES = 132
 
 
 @contextlib.contextmanager
-def interpreted():
-  """A context in which GPU kernels that are traced run step by step on the CPU: slow, for tests.
+def lowering_for(kind: str = "NVIDIA H100 80GB HBM3", cores: int = CORES):
+  """A context in which `lower(lowering_platforms=("cuda",))` works on a machine without a GPU.
 
-  Raises:
-    NotImplementedError: by Mosaic kernels under a jax that has no interpreter for them (< 0.12).
+  Args:
+    kind: what `device_kind` of the device would say.
+    cores: the number of its multiprocessors.
   """
-  token = _interpreting.set(True)
-  try:
+  device = AbstractDevice(kind, cores, "gpu")
+  with op.target(kind), use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
     yield
-  finally:
-    _interpreting.reset(token)
 
 
-def interpreting() -> bool:
-  return _interpreting.get()
-
-
-def mosaic_interpreter():
-  """What `plgpu.kernel(interpret=)` takes: parameters of the interpreter, or None to compile."""
-  if not interpreting():
-    return None
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
-  if not hasattr(plgpu, "InterpretGPUParams"):
-    raise NotImplementedError(
-      f"jax {jax.__version__} cannot interpret Mosaic GPU kernels on a CPU; 0.12 and newer can"
-    )
-  return plgpu.InterpretGPUParams(detect_races=True)
+def is_hopper() -> bool:
+  """Whether the device that kernels are made for is one that `mosaic_gpu` kernels run on."""
+  return op.target_device_kind().startswith(HOPPER)
 
 
 def core_count() -> int:
@@ -66,4 +44,21 @@ def core_count() -> int:
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is not None and device.platform == "gpu" and device.num_cores:
     return device.num_cores
-  return getattr(jax.devices()[0], "core_count", None) or 132
+  return getattr(jax.devices()[0], "core_count", None) or CORES
+
+
+def mosaic_interpreter():
+  """What `plgpu.kernel(interpret=)` takes: None to compile, or its interpreter with race detection.
+
+  Raises:
+    NotImplementedError: where kernels are interpreted under a jax that cannot do that.
+  """
+  if not op.interpreted():
+    return None
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if not hasattr(plgpu, "InterpretGPUParams"):
+    raise NotImplementedError(
+      f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels; 0.12 and newer do"
+    )
+  return plgpu.InterpretGPUParams(detect_races=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -17,49 +18,32 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas import gpu
+from kernels_pallas import op
 from kernels_pallas.grouped_matmul.row_tiles import row_tiles, tile_count
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiling:
-  """Sides of a block's product, rows x columns summed over depth; warps, and loads in flight."""
-
-  rows: int = 128
-  columns: int = 128
-  depth: int = 32
-  warps: int = 4
-  stages: int = 4
-
-
-FORWARD = Tiling()
+FORWARD = op.Tiling(rows=128, columns=128, depth=32, stages=4, warps=4)
 # Two accumulators: half the columns each.
-SWIGLU = Tiling(columns=64)
-# Rows and columns are those of the weights; depth counts rows of lhs and grad.
-GRADIENT_RHS = Tiling(columns=256, depth=64, warps=8, stages=3)
+SWIGLU = op.Tiling(rows=128, columns=64, depth=32, stages=4, warps=4)
+# Of a tile of weights depth is the rows (D); rows are those that are summed in one step.
+GRADIENT_RHS = op.Tiling(rows=64, columns=256, depth=128, stages=3, warps=8)
 
 
-def candidates(shape: tuple[int, int, int, int], dtype) -> tuple[Tiling, ...]:
-  """Tilings worth timing for (R, E, D, F), the default of the forward pass first.
+def candidates(shape: tuple[int, int, int, int], dtype) -> tuple[op.Tiling, ...]:
+  """Tilings of `forward` worth timing for (R, E, D, F), the default first.
 
-  Kept are those whose stages fit 99 KiB of shared memory (the least of Ampere to Ada), or Hopper's
-  227 KiB from 8 warps on.
+  Kept are those whose stages fit the shared memory of an Ada GPU (99 KiB) with 4 warps or a
+  Hopper's (227 KiB) with 8, whose sums fit the registers, and whose rows a group can fill.
   """
   rows, experts = shape[:2]
-  found = []
-  for tile in (32, 64, 128, 256):
-    for columns in (64, 128, 256):
-      for depth in (32, 64, 128):
-        for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4)):
-          size = (tile + columns) * depth * stages * jnp.dtype(dtype).itemsize
-          fits = size <= (227 if warps == 8 else 99) << 10
-          registers = tile * columns // (32 * warps)  # accumulators of a thread
-          if fits and 16 <= registers <= 128 and tile <= max(32, 2 * rows // experts):
-            found.append(
-              Tiling(rows=tile, columns=columns, depth=depth, warps=warps, stages=stages)
-            )
-  default = _shrunk(FORWARD, *shape[:1], *shape[3:], shape[2])
-  return tuple(dict.fromkeys([default, *found]))
+  sides = itertools.product((32, 64, 128, 256), (64, 128, 256), (32, 64, 128), (4, 8), (3, 4))
+  found = [
+    op.Tiling(rows=tile, columns=columns, depth=depth, stages=stages, warps=warps)
+    for tile, columns, depth, warps, stages in sides
+    if (tile + columns) * depth * stages * jnp.dtype(dtype).itemsize <= {4: 99, 8: 227}[warps] << 10
+    and 16 <= tile * columns // (32 * warps) <= 128
+    and tile <= max(32, 2 * rows // experts)
+  ]
+  return tuple(dict.fromkeys([FORWARD, *found]))
 
 
 def forward(
@@ -68,7 +52,7 @@ def forward(
   group_sizes: jax.Array,
   *,
   transpose_rhs: bool = False,
-  tiling: Tiling | None = None,
+  tiling: op.Tiling | None = None,
 ) -> jax.Array:
   """[R, D] x [E, D, F] -> [R, F] (transposed: [R, F] x [E, D, F] -> [R, D]), zero beyond the groups.
 
@@ -94,7 +78,7 @@ def swiglu(
   group_sizes: jax.Array,
   *,
   keep: bool,
-  tiling: Tiling | None = None,
+  tiling: op.Tiling | None = None,
 ):
   """[R, D] x [E, D, 2F] -> silu(gate) * up [R, F]; with `keep` also both before it, [R, 2F]."""
   width = gate_up.shape[2] // 2
@@ -124,18 +108,17 @@ def gradient_rhs(
   group_sizes: jax.Array,
   *,
   dtype,
-  tiling: Tiling | None = None,
+  tiling: op.Tiling | None = None,
 ) -> jax.Array:
   """[R, D], [R, F] -> [E, D, F] in `dtype`, accumulated in float32; zero for empty groups."""
   (rows, depth), width, groups = lhs.shape, grad.shape[1], group_sizes.shape[0]
   _check_size((groups, depth, width))
-  # The roles change: the weights' D and F are the sides, rows are summed over.
-  tiling = _shrunk(tiling or GRADIENT_RHS, depth, width, rows)
+  tiling = _shrunk(tiling or GRADIENT_RHS, rows, width, depth)
   ends = jnp.cumsum(group_sizes.astype(jnp.int32))
   return _call(
     functools.partial(_gradient_rhs_kernel, tiling=tiling),
     jax.ShapeDtypeStruct((groups, depth, width), dtype),
-    grid=(pl.cdiv(width, tiling.columns), pl.cdiv(depth, tiling.rows), groups),
+    grid=(pl.cdiv(width, tiling.columns), pl.cdiv(depth, tiling.depth), groups),
     tiling=tiling,
   )(ends - group_sizes.astype(jnp.int32), ends, lhs, grad)
 
@@ -207,12 +190,12 @@ def _gradient_rhs_kernel(start_ref, end_ref, lhs, grad, out, *, tiling):
   column, row, group = pl.program_id(0), pl.program_id(1), pl.program_id(2)
   start, end = start_ref[group], end_ref[group]
   depth, width = out.shape[1:]
-  rows, columns = row * tiling.rows + _iota(tiling.rows), column * tiling.columns
-  columns = columns + _iota(tiling.columns)
-  known, inside = _mask(rows, depth, tiling.rows), _mask(columns, width, tiling.columns)
+  rows = row * tiling.depth + _iota(tiling.depth)
+  columns = column * tiling.columns + _iota(tiling.columns)
+  known, inside = _mask(rows, depth, tiling.depth), _mask(columns, width, tiling.columns)
 
   def step(i, total, ragged):
-    inner = start + i * tiling.depth + _iota(tiling.depth)
+    inner = start + i * tiling.rows + _iota(tiling.rows)
     # Both factors are cut: a poisoned row beyond the group must not leak through 0 * nan.
     live = inner < end if ragged else None
     inner = jnp.minimum(inner, lhs.shape[0] - 1)[:, None]
@@ -220,9 +203,8 @@ def _gradient_rhs_kernel(start_ref, end_ref, lhs, grad, out, *, tiling):
     right = _load(grad, (inner, columns[None]), live, inside)
     return total + _dot(left, right, 0, 0)
 
-  # Unless the group is empty; there is no row to read then.
-  whole, last = (end - start) // tiling.depth, pl.cdiv(end - start, tiling.depth)
-  total = jnp.zeros((tiling.rows, tiling.columns), jnp.float32)
+  whole, last = (end - start) // tiling.rows, pl.cdiv(end - start, tiling.rows)
+  total = jnp.zeros((tiling.depth, tiling.columns), jnp.float32)
   total = lax.fori_loop(0, whole, lambda i, total: step(i, total, False), total)
   total = lax.fori_loop(whole, last, lambda i, total: step(i, total, True), total)
   _store(out, (group, rows[:, None], columns[None]), total, known, inside)
@@ -271,16 +253,18 @@ def _call(kernel, out_shape, *, grid, tiling):
     out_shape=out_shape,
     grid=grid,
     compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-    interpret=gpu.interpreting(),
+    interpret=op.interpreted(),
   )
 
 
 def _shrunk(tiling, rows, columns, depth):
   """Tiles no larger than the matrices need: powers of two, at least 16 as `tl.dot` asks."""
-  sides = {"rows": rows, "columns": columns, "depth": depth}
-  least = {name: max(16, pl.next_power_of_2(max(size, 1))) for name, size in sides.items()}
+  rows, columns, depth = (max(16, pl.next_power_of_2(max(x, 1))) for x in (rows, columns, depth))
   return dataclasses.replace(
-    tiling, **{name: min(getattr(tiling, name), size) for name, size in least.items()}
+    tiling,
+    rows=min(tiling.rows, rows),
+    columns=min(tiling.columns, columns),
+    depth=min(tiling.depth, depth),
   )
 
 

@@ -14,6 +14,7 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -73,6 +74,23 @@ def target_platform() -> str:
     backend = jax.default_backend()
     return "cuda" if backend == "gpu" else backend
   return {"T": "tpu", "N": "cuda", "c": "cpu"}[kind[0]]
+
+
+def for_target():
+  """A context for calling a Pallas kernel: what its lowering asks of the device is the target's.
+
+  Without it lowering asks the default device, on a machine that may not have the target's.
+  """
+  kind, mesh = _TARGET.value, jax.sharding.get_abstract_mesh()
+  if kind is None or mesh.abstract_device is not None:
+    return _TARGET(kind)  # nothing changes
+  cores = chip().cores if kind.startswith("TPU") else 0
+  device = jax.sharding.AbstractDevice(kind, cores, "tpu" if kind.startswith("TPU") else "gpu")
+  return jax.sharding.use_abstract_mesh(
+    jax.sharding.AbstractMesh(
+      mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device
+    )
+  )
 
 
 def interpret():
@@ -165,6 +183,15 @@ batching.primitive_batchers[_guard] = lambda args, axes, **params: (
 )
 
 
+def shape_like(shape: tuple[int, ...], dtype, *references) -> jax.ShapeDtypeStruct:
+  """A kernel's output, differing between devices where a reference does (see `vary_like`)."""
+  axes = frozenset().union(*map(manual_axes, references))
+  if not axes:
+    return jax.ShapeDtypeStruct(shape, dtype)
+  varying = jax.sharding.ManualAxisType(varying=axes)
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
   """What a TPU kernel's tiles must fit into.
@@ -226,7 +253,7 @@ class Tiling:
       raise ValueError(f"step must divide rows, got {self.step} and {self.rows}")
 
 
-def tuned(op: str, shape: tuple[int, ...], dtype, kind=Tiling):
+def tuned(op: str, shape: tuple[int, ...], dtype) -> Tiling | None:
   """The tiling that `kernels_pallas.tune` found best for the target; None: it was not asked.
 
   Args:
@@ -234,36 +261,30 @@ def tuned(op: str, shape: tuple[int, ...], dtype, kind=Tiling):
     shape: the sizes that matter, the number of rows first. That one is taken to the next power of
       two: it changes with the batch, and the best tiles hardly with it.
     dtype: of the operands.
-    kind: the dataclass that the kernel takes its tiles as.
-
-  Raises:
-    ValueError: if the table holds something else under that name.
   """
-  fields = table(target_device_kind()).get(table_key(op, shape, dtype))
-  try:
-    return fields and kind(**fields)
-  except (TypeError, ValueError) as error:
-    path = table_path(target_device_kind())
-    raise ValueError(f"{path}: no tiling for {op}: {fields} ({error}); delete the file") from error
+  return table(target_device_kind()).get(table_key(op, shape, dtype))
 
 
 def table_key(op: str, shape: tuple[int, ...], dtype) -> str:
   rows = 1 << (max(shape[0], 1) - 1).bit_length()
-  return f"{op} {'x'.join(map(str, (rows, *shape[1:])))} {jax.numpy.dtype(dtype).name}"
+  return f"{op} {'x'.join(map(str, (rows, *shape[1:])))} {jnp.dtype(dtype).name}"
 
 
 @functools.cache
-def table(device_kind: str) -> dict[str, dict[str, int]]:
+def table(device_kind: str) -> dict[str, Tiling]:
   """All tuned tilings of a device kind: those that ship with the package, then the user's own.
 
   Every host of a multi-host run must read the same table, or they compile different programs.
+
+  Raises:
+    ValueError: for a file that holds something else.
   """
-  found: dict[str, dict[str, int]] = {}
+  found: dict[str, Tiling] = {}
   for path in (_shipped(device_kind), table_path(device_kind)):
     if path.exists():
       try:
-        found |= json.loads(path.read_text())
-      except (ValueError, TypeError) as error:
+        found |= {key: Tiling(**fields) for key, fields in json.loads(path.read_text()).items()}
+      except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a table of tilings ({error}); delete it") from error
   return found
 
@@ -279,7 +300,7 @@ def _shipped(device_kind: str) -> pathlib.Path:
   return pathlib.Path(__file__).parent / "tilings" / f"{name}.json"
 
 
-def save(device_kind: str, tilings: dict) -> pathlib.Path:
+def save(device_kind: str, tilings: dict[str, Tiling]) -> pathlib.Path:
   """Adds to the user's table, replacing entries of the same key."""
   path = table_path(device_kind)
   known = json.loads(path.read_text()) if path.exists() else {}

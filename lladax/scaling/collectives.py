@@ -1,0 +1,200 @@
+"""The collectives of a compiled program: kind, mesh axes, bytes, and how long the links are busy."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from lladax.scaling.chips import Slice
+from lladax.scaling.hlo import Computation, Instruction
+from lladax.scaling.loops import Visit
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all",
+         "collective-permute", "collective-broadcast")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """A mesh on a slice: what a device number of the program stands for.
+
+  Attributes:
+    axes: names of the mesh axes.
+    sizes: their sizes.
+    coords: int[devices, dims], the place of each device in the torus, in the program's order.
+  """
+
+  axes: tuple[str, ...]
+  sizes: tuple[int, ...]
+  coords: np.ndarray
+
+  @classmethod
+  def of(cls, mesh) -> Layout:
+    coords = np.array([getattr(device, "coords", (0,)) for device in mesh.devices.flat])
+    return cls(tuple(mesh.axis_names), tuple(mesh.devices.shape), coords)
+
+  def axes_of(self, group: Sequence[int]) -> tuple[str, ...]:
+    """The mesh axes along which the devices of a group differ."""
+    places = np.array(np.unravel_index(np.asarray(group), self.sizes))
+    return tuple(name for name, along in zip(self.axes, places, strict=True) if len(set(along)) > 1)
+
+  def bandwidth(self, group: Sequence[int], slice_: Slice) -> float:
+    """Bytes per second that reach a device of the group over all links along its dimensions.
+
+    A dimension that the group spans whole, in a slice long enough to be closed to a ring, is fed
+    from both sides. On an open line the devices at the ends have one neighbour.
+    """
+    places = self.coords[list(group)]
+    total = 0.0
+    for dim, length in enumerate(slice_.shape[: places.shape[1]]):
+      spanned = len(set(places[:, dim]))
+      if spanned > 1:
+        ring = spanned == length and slice_.chip.wraps(length)
+        total += slice_.chip.link * (2 if ring else 1)
+    # Devices of one chip: as fast as all its links together, which is less than it can do.
+    return total or slice_.chip.link * slice_.chip.links
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+  """One collective of the program, as often as it runs.
+
+  Attributes:
+    kind: one of `KINDS`.
+    axes: mesh axes over which it goes.
+    devices: in a group.
+    bytes: that a chip receives each time: (N - 1) / N of the gathered, scattered or exchanged
+      array, twice that for an all-reduce.
+    times: per step.
+    seconds: the links of a chip are busy each time.
+    op_name: where in the model it comes from.
+    size: bytes of the whole array, gathered or before the scatter.
+  """
+
+  kind: str
+  axes: tuple[str, ...]
+  devices: int
+  bytes: float
+  times: float
+  seconds: float
+  op_name: str
+  size: float
+
+  @property
+  def total_bytes(self) -> float:
+    return self.bytes * self.times
+
+  @property
+  def total_seconds(self) -> float:
+    return self.seconds * self.times
+
+
+def find_collectives(visits: list[Visit], layout: Layout, slice_: Slice) -> list[Collective]:
+  """Every collective that moves something. One that was cut into fused parts counts once."""
+  found, seen = [], set()
+  for visit in visits:
+    for instruction in visit.computation.instructions.values():
+      kind = instruction.opcode.removesuffix("-start")
+      if kind not in KINDS:
+        continue
+      # The parts of one that was cut up are fused with what they overlap, and share its channel.
+      channel = instruction.attribute("channel_id") if visit.fused else None
+      part = channel or f"{visit.computation.name}/{instruction.name}"
+      key = (visit.loop, kind, part)
+      if key in seen:
+        continue
+      seen.add(key)
+      found.append(_collective(kind, visit, instruction, layout, slice_))
+  return [collective for collective in found if collective and collective.bytes]
+
+
+def _collective(kind, visit, instruction, layout, slice_) -> Collective | None:
+  if kind == "collective-permute":
+    pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attributes.partition("metadata")[0])
+    group = next(([int(a), int(b)] for a, b in pairs if a != b), None)
+  else:
+    group = first_group(instruction.attributes, len(layout.coords))
+  if group is None or len(group) < 2:
+    return None
+  size = _whole_bytes(kind, visit.computation, instruction, len(group))
+  received = size * {"all-reduce": 2}.get(kind, 1) * (len(group) - 1) / len(group)
+  busy = received
+  if kind.endswith("all-to-all"):
+    busy = size * len(group) / 4  # every byte travels a quarter of the ring, on average
+  elif kind == "collective-permute":
+    received = busy = size
+  return Collective(
+    kind=kind,
+    axes=layout.axes_of(group),
+    devices=len(group),
+    bytes=received,
+    times=visit.times,
+    seconds=busy / layout.bandwidth(group, slice_),
+    op_name=instruction.op_name,
+    size=size,
+  )
+
+
+def _whole_bytes(kind: str, computation: Computation, instruction: Instruction, devices: int):
+  """Bytes of the whole array on one chip: gathered, or before the scatter."""
+  shapes = [shape for shape in instruction.shapes if shape.size > 1 or shape.dtype != "u32"]
+  if instruction.opcode == "collective-permute-start":
+    return shapes[-1].bytes
+  if instruction.opcode == "all-gather-start":
+    shapes = shapes[len(shapes) // 2 :]
+  if kind == "ragged-all-to-all":
+    # What is sent. The result is a buffer for the worst case.
+    return computation.instructions[instruction.operands[0]].shape.bytes
+  total = sum(shape.bytes for shape in shapes)
+  return total * devices if kind == "reduce-scatter" else total
+
+
+def first_group(attributes: str, devices: int) -> list[int] | None:
+  """The first of the replica groups, in any of the three ways that XLA writes them."""
+  text = attributes.partition("metadata=")[0].partition("replica_groups=")[2]
+  if text.startswith("{{"):
+    return [int(n) for n in re.match(r"\{\{([\d,\s]*)\}", text)[1].split(",") if n.strip()]
+  if text.startswith("{}"):
+    return list(range(devices))
+  if text.startswith("["):
+    return [int(n) for n in _iota(text).reshape(_dims(text))[0]]
+  if text.startswith("mesh["):
+    return _mesh_group(text)
+  return None
+
+
+def _dims(text: str) -> list[int]:
+  return [int(n) for n in re.match(r"\[([\d,]+)\]", text)[1].split(",")]
+
+
+def _iota(text: str) -> np.ndarray:
+  """`[groups,size]<=[4,2]T(1,0)`: device numbers, reshaped, transposed, flattened."""
+  found = re.match(r"\[[\d,]+\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+  sizes = [int(n) for n in found[1].split(",")]
+  numbers = np.arange(np.prod(sizes)).reshape(sizes)
+  if found[2]:
+    numbers = numbers.transpose([int(n) for n in found[2].split(",")])
+  return numbers.reshape(-1)
+
+
+def _mesh_group(text: str) -> list[int]:
+  """`mesh['a'=2,'b'=4] {'b'}`, also with parts of an axis, `'b':(2)2`: major part 2, size 2."""
+  header, _, rest = text.partition("]")
+  sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", header)}
+  ids = re.match(r"[^{]*?device_ids=\(?(\[[^{]*?)\)?\s*\{", rest)
+  total = int(np.prod(list(sizes.values())))
+  numbers = np.arange(total) if ids is None else _iota(ids[1])
+  axes = re.search(r"\{([^}]*)\}", rest)[1]
+  numbers = numbers.reshape(list(sizes.values()))
+  index: list = [0] * len(sizes)
+  for name, major, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+    place, size = list(sizes).index(name), sizes[name]
+    if not part:
+      index[place] = range(size)
+    else:
+      minor = size // (int(major) * int(part))
+      index[place] = range(0, minor * int(part), minor)
+  chosen = [np.atleast_1d(np.asarray(i)) for i in index]
+  return [int(n) for n in numbers[np.ix_(*chosen)].reshape(-1)]

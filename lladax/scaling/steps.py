@@ -1,0 +1,230 @@
+"""The real programs of an experiment, lowered for a slice: its train step, and decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import op
+from lladax.config import ConfigError
+from lladax.experiment import Experiment, train_step
+from lladax.infer.denoiser import draw_tokens, remove_ids, token_probability
+from lladax.models import Denoiser, ModelConfig, init_variables
+from lladax.scaling import flops
+from lladax.scaling.hlo import Computation, Module
+from lladax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings, use_mesh
+from lladax.train import abstract_state, make_optimizer, state_shardings
+from lladax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lowered:
+  """A program before its compilation.
+
+  Attributes:
+    lowered: what `jax.jit(...).lower` returned.
+    mesh: of described devices.
+    params: abstract parameters with shardings.
+    optimizer: abstract state of the optimizer, and counters; None for decoding.
+    expected: how often loops run whose count is data, for `loops.visits`.
+    tokens: per device, all microbatches together.
+  """
+
+  lowered: jax.stages.Lowered
+  mesh: jax.sharding.Mesh
+  params: object
+  optimizer: object
+  expected: dict[str, Callable[[Module, Computation], float]]
+  tokens: float
+
+  @property
+  def mesh_sizes(self) -> dict[str, int]:
+    return dict(self.mesh.shape)
+
+
+def mesh_of(config: MeshConfig, devices: list) -> jax.sharding.Mesh:
+  """The mesh on described devices.
+
+  Raises:
+    ConfigError: if it does not fit.
+  """
+  try:
+    return make_mesh(config, devices=devices)
+  except (ValueError, NotImplementedError) as error:
+    raise ConfigError(" ".join(str(error).split())) from error
+
+
+def supervised_share(config: Experiment) -> float:
+  """The expected share of tokens that are masked, and therefore supervised."""
+  times = config.objective.times(jax.random.key(0), 4096)
+  return float(np.mean(1 - np.asarray(config.objective.schedule.alpha(times), np.float64)))
+
+
+def lower_train_step(config: Experiment, devices: list) -> Lowered:
+  """The train step of `lladax.experiment`, on abstract state and an abstract batch.
+
+  Raises:
+    ConfigError: if mesh, batch or model do not divide among the devices.
+  """
+  mesh = mesh_of(config.mesh, devices)
+  check_divides(config, mesh)
+  optimizer = make_optimizer(config.optimizer, config.steps)
+
+  def init_params(key):
+    return init_variables(config.model, key)["params"]
+
+  # Outside `use_mesh`: what runs eagerly inside would be put on devices that are not here.
+  state = abstract_state(init_params, optimizer, mesh)
+  sharding = batch_sharding(mesh)
+  shape = (config.data.batch_size, config.data.length)
+
+  def array(dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  ids = array(jnp.int32)
+  batch = Batch(tokens=ids, segment_ids=ids, positions=ids, maskable=array(jnp.bool_))
+  with use_mesh(mesh), op.target(devices[0].device_kind), _one_line():
+    lowered = train_step(config, state_shardings(state)).lower(state, batch)
+  tokens = math.prod(shape) / len(devices) * mesh.shape.get("tensor", 1)
+  rows = tokens / config.microbatches * supervised_share(config)
+  return Lowered(
+    lowered=lowered,
+    mesh=mesh,
+    params=state.params,
+    optimizer=dataclasses.replace(state, params=None),
+    expected={"cross_entropy_blocks": _head_blocks(config.model, mesh, rows)},
+    tokens=tokens,
+  )
+
+
+def _head_blocks(model: ModelConfig, mesh, rows: float):
+  """How often the head's loop runs: the supervised rows in blocks of those that it multiplies."""
+  vocabulary = model.vocab_size // mesh.shape.get("tensor", 1)
+
+  def count(module: Module, body: Computation) -> float:
+    blocks = [
+      shape.size / vocabulary
+      for name in _reached(module, body)
+      for instruction in module.computations[name].instructions.values()
+      if instruction.opcode in ("dot", "convolution")
+      for shape in instruction.shapes
+      if vocabulary in shape.dims and model.hidden_size not in shape.dims
+    ]
+    return math.ceil(rows / max(blocks)) if blocks else 1
+
+  return count
+
+
+def _reached(module: Module, computation: Computation) -> set[str]:
+  found, new = set(), [computation.name]
+  while new:
+    name = new.pop()
+    if name not in found and name in module.computations:
+      found.add(name)
+      for instruction in module.computations[name].instructions.values():
+        new += [called for names in instruction.called.values() for called in names]
+  return found
+
+
+def check_divides(config: Experiment, mesh: jax.sharding.Mesh):
+  """What would fail deep inside the compiler, said here.
+
+  Raises:
+    ConfigError: naming the size and what it must divide by.
+  """
+  sizes, model = dict(mesh.shape), config.model
+  rows = config.data.batch_size // config.microbatches
+  shards = math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp", "expert"))
+  checks = [
+    (rows, shards, "rows of a microbatch (data.batch_size / microbatches)", "data x fsdp x expert"),
+    (config.data.length, sizes.get("context", 1), "data.length", "context"),
+    (model.num_attention_heads, sizes.get("tensor", 1), "model.num_attention_heads", "tensor"),
+    (model.kv_heads, sizes.get("tensor", 1), "model.num_key_value_heads", "tensor"),
+    (model.hidden_size, sizes.get("fsdp", 1), "model.hidden_size", "fsdp"),
+  ]
+  if model.moe is not None and type(model.moe.exchange).__name__ != "Fsdp":
+    checks.append(
+      (model.moe.num_experts, sizes.get("expert", 1), "model.moe.num_experts", "expert")
+    )
+  for size, devices, what, axes in checks:
+    if size % devices:
+      least = "" if size > devices or "rows" not in what else f", at least {devices}"
+      raise ConfigError(
+        f"{what} = {size} does not divide by the {devices} devices of the mesh axis {axes}; "
+        f"use a multiple of {devices}{least}, or another --mesh"
+      )
+
+
+def _one_line():
+  return _Lowering()
+
+
+class _Lowering:
+  """What is wrong with a config while it is traced, as a `ConfigError`."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, _):
+    if isinstance(error, ValueError | NotImplementedError) and not isinstance(error, ConfigError):
+      raise ConfigError(" ".join(str(error).split())[:500]) from error
+
+
+# --- Decoding ---
+
+
+def lower_forward(
+  model: ModelConfig, mesh_config: MeshConfig, devices: list, *, batch: int, length: int, width: int
+) -> Lowered:
+  """One iteration of decoding without a cache: the whole row through the network, `width` tokens
+  drawn from their logits with their probabilities.
+
+  Prefill is `length` = the prompt and what is to be written; a step with cached keys and values
+  computes `length` = `width` = one block.
+  """
+  mesh = mesh_of(mesh_config, devices)
+  boxed = jax.eval_shape(lambda key: init_variables(model, key)["params"], jax.random.key(0))
+  shardings = param_shardings(mesh, boxed)
+  plain = jax.tree.map(lambda leaf: leaf, jax.eval_shape(lambda tree: tree, _unbox(boxed)))
+  params = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    plain,
+    shardings,
+  )
+  sharding = batch_sharding(mesh)
+  shards = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp", "expert"))
+  if batch % shards:
+    sharding = jax.sharding.NamedSharding(mesh, type(sharding.spec)())
+  ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
+  denoise = Denoiser(model)
+
+  def step(params, tokens, positions, segment_ids):
+    logits = denoise(params, tokens, positions, segment_ids)[:, -width:].astype(jnp.float32)
+    logits = remove_ids(logits, (model.mask_token_id,))
+    drawn = draw_tokens(logits, None, positions, temperature=0.0)
+    return drawn, token_probability(logits, drawn)
+
+  with use_mesh(mesh), op.target(devices[0].device_kind), _one_line():
+    lowered = jax.jit(step).lower(params, ids, ids, ids)
+  return Lowered(
+    lowered=lowered, mesh=mesh, params=params, optimizer=None, expected={}, tokens=batch * length
+  )
+
+
+def _unbox(tree):
+  import flax.linen as nn
+
+  return nn.meta.unbox(tree)
+
+
+def useful_train_flops(config: Experiment, devices: int) -> float:
+  """Per device and step, with the head on the supervised tokens only."""
+  per_token = flops.train_flops(
+    config.model, config.data.length, supervised=supervised_share(config)
+  )
+  return per_token * config.data.batch_size * config.data.length / devices

@@ -4,6 +4,13 @@ Masked diffusion supervises masked positions alone, about half of them in pre-tr
 a weight are sorted to the front; a loop of dynamic length visits blocks of them. No [T, V] array
 exists, and the gradient is taken in the same pass, as the weights are known: three products with
 the head's matrix instead of four.
+
+How many rows a block has: on a CPU as many as are needed to multiply at full speed, since logits
+should stay in its caches. Where products are fast it is the memory's traffic that counts: each
+block reads the matrix twice and reads and writes its float32 gradient, 12 bytes for each of D * V
+numbers, for 6 * b operations on each. At b = 256 that is 128 operations per byte, half of what an
+H100 can do in the time (990 TFLOP/s, 3.35 TB/s: 295); at 1024 it is 512. Twice that would save a
+sixth of all traffic (that of logits remains) and cost as much in the last block's empty half.
 """
 
 from __future__ import annotations
@@ -13,14 +20,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.cpu import dot, put_rows, take_rows, transposed
+from kernels_pallas.op import vary_like
 
 BLOCK_ROWS = 256
+ACCELERATOR_BLOCK_ROWS = 1024
 
 
-def visit(hidden, kernel, targets, weights, *, with_gradient):
-  """See `api.weighted_nll`: total, nll and, if asked for, the gradients of hidden and kernel."""
+def visit(hidden, kernel, targets, weights, *, with_gradient, block_rows=None):
+  """See `api.weighted_nll`: total, nll and, if asked for, the gradients of hidden and kernel.
+
+  Without `block_rows` blocks are for a CPU.
+  """
   rows, width = hidden.shape
-  block = min(BLOCK_ROWS, rows)
+  block = min(block_rows or BLOCK_ROWS, rows)
   counted = weights != 0
   order = jnp.argsort(~counted, stable=True)
   order = jnp.pad(order, (0, block), constant_values=rows)  # out of range: read as the last row
@@ -60,6 +72,8 @@ def visit(hidden, kernel, targets, weights, *, with_gradient):
     return total, nll, gradients
 
   carry = jnp.zeros(()), jnp.zeros(rows + block), gradients
+  carry = vary_like(carry, hidden, kernel, targets, weights)
+  carry = vary_like(carry, hidden, kernel, targets, weights)
   with jax.named_scope("cross_entropy_blocks"):
     total, nll, gradients = lax.fori_loop(0, blocks, body, carry)
   inverse = jnp.zeros(rows, jnp.int32).at[order[:rows]].set(jnp.arange(rows))

@@ -33,18 +33,19 @@ GRADIENT_RHS = op.Tiling(rows=64, columns=256, depth=128, stages=4)
 
 
 def candidates(shape: tuple[int, int, int, int], dtype) -> tuple[op.Tiling, ...]:
-  """Tilings of `forward` that fit a Hopper GPU, worth timing for (R, E, D, F); the default first."""
-  del shape  # all are about as wasteful on short groups
-  found = []
-  for rows, columns in ((128, 256), (128, 192), (128, 128), (256, 128), (128, 64), (256, 64)):
+  """Tilings worth timing for (R, E, D, F), for all passes; some fit one of them only."""
+  del shape  # a tile's waste depends on the group's last rows, which it does not tell
+  sides = ((128, 256), (128, 192), (128, 128), (256, 128), (128, 64), (256, 64))
+  found = [FORWARD, GRADIENT_RHS]
+  for rows, columns in sides:
     for depth in (64, 128):
-      most = _most_stages(rows, columns, depth, dtype)
-      found += [
-        op.Tiling(rows=rows, columns=columns, depth=depth, stages=stages)
-        for stages in sorted({most, most - 1, 3} - {0, 1}, reverse=True)
-        if stages <= min(most, 8)
-      ]
-  return tuple(dict.fromkeys([FORWARD, *found]))
+      room = ring.SHARED_MEMORY - 1024 - 2 * rows * ring.SWIZZLE  # beside barriers and output
+      most = room // ((rows + columns) * depth * jnp.dtype(dtype).itemsize)
+      for stages in sorted({min(most, 8), most - 1, 3}, reverse=True):
+        if 2 <= stages <= most:
+          found.append(op.Tiling(rows=rows, columns=columns, depth=depth, stages=stages))
+          found.append(op.Tiling(rows=depth, columns=columns, depth=rows, stages=stages))
+  return tuple(dict.fromkeys(found))
 
 
 def forward(
@@ -63,7 +64,7 @@ def forward(
     ValueError: for numbers that are not 16 bits wide, or tiles that do not fit.
   """
   width = rhs.shape[1 if transpose_rhs else 2]
-  rhs = _padded(rhs, (1, 1 << 6, 1 << 6))
+  rhs = _padded(rhs, (1, 64, 64))
   (out,) = _products(
     lhs,
     rhs if transpose_rhs else rhs[:, :, None],
@@ -90,7 +91,7 @@ def swiglu(
     ValueError: as `forward` does.
   """
   experts, depth, width = gate_up.shape[0], gate_up.shape[1], gate_up.shape[2] // 2
-  rhs = _padded(gate_up.reshape(experts, depth, 2, width), (1, 1 << 6, 1, 1 << 6))
+  rhs = _padded(gate_up.reshape(experts, depth, 2, width), (1, 64, 1, 64))
 
   def finish(gate, up):
     activation = ((0, 0, jax.nn.sigmoid(gate) * gate * up),)
@@ -123,11 +124,11 @@ def gradient_rhs(
     ValueError: as `forward` does.
   """
   depth, width, groups = lhs.shape[1], grad.shape[1], group_sizes.shape[0]
-  _check_dtypes(lhs, grad)
+  tiling = tiling or GRADIENT_RHS
+  _check(lhs, grad, tiling, tiling.depth, tiling.rows)
   if not lhs.shape[0]:
     return jnp.zeros((groups, depth, width), dtype)
-  lhs, grad = (_padded(x, (8, 1 << 6)) for x in (lhs, grad.astype(lhs.dtype)))
-  tiling = tiling or GRADIENT_RHS
+  lhs, grad = (_padded(x, (8, 64)) for x in (lhs, grad.astype(lhs.dtype)))
   half = tiling.depth // ring.WARPGROUPS
   tiles = (
     ring.shared((tiling.stages, ring.WARPGROUPS, tiling.rows, half), lhs.dtype),
@@ -150,12 +151,12 @@ def gradient_rhs(
 
 def _products(lhs, rhs, group_sizes, *, finish, parts, transpose_rhs, tiling):
   """Row tiles times columns of [E, K, P, W] (transposed: [E, W, K]) -> per output [R, p, W]."""
-  _check_dtypes(lhs, rhs)
+  _check(lhs, rhs, tiling, tiling.rows, tiling.depth)
   rows, width = lhs.shape[0], rhs.shape[1 if transpose_rhs else 3]
   dtype, sides = lhs.dtype, 1 if transpose_rhs else rhs.shape[2]
   if not rows:
     return [jnp.zeros((0, size, width), dtype) for size in parts]
-  lhs = _padded(lhs, (8, 1 << 6))
+  lhs = _padded(lhs, (8, 64))
   block = (tiling.columns, tiling.depth) if transpose_rhs else (tiling.depth, tiling.columns)
   half = tiling.rows // ring.WARPGROUPS
   kernel = ring.kernel(
@@ -282,24 +283,24 @@ def _gradient_rhs_kernel(starts, ends, lhs, grad, out, *scratch, tiling):
   ring.run(grid, copy_tile, multiply_tile, full, free)
 
 
-def _most_stages(rows, columns, depth, dtype) -> int:
-  """Stages that shared memory has room for beside the chunks of output and the barriers."""
-  chunks = ring.WARPGROUPS * 2 * (rows // ring.WARPGROUPS) * ring.SWIZZLE
-  return (ring.SHARED_MEMORY - 1024 - chunks) // (
-    (rows + columns) * depth * jnp.dtype(dtype).itemsize
-  )
-
-
 def _padded(x, multiples):
   """Zeros appended to each axis up to a multiple; the array itself where that needs none."""
   widths = [(0, -size % multiple) for size, multiple in zip(x.shape, multiples, strict=True)]
   return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
-def _check_dtypes(lhs, rhs):
+def _check(lhs, rhs, tiling, rows, depth):
+  """`rows` of the tile are split over warpgroups; `depth` of it is summed in one step."""
   for x in (lhs, rhs):
     if jnp.dtype(x.dtype) not in (jnp.bfloat16, jnp.float16):
       raise ValueError(
         f"mosaic_gpu multiplies bfloat16 and float16, got {lhs.dtype} and {rhs.dtype}: cast them, "
         "or use implementation='triton'"
       )
+  if rows % (64 * ring.WARPGROUPS) or tiling.columns % 64 or tiling.columns > 256 or depth % 64:
+    raise ValueError(
+      "a tile's output must be a multiple of 128 by one of 64 up to 256, summed in steps of a "
+      f"multiple of 64, got {rows} x {tiling.columns} in steps of {depth}"
+    )
+  if tiling.stages < 2:
+    raise ValueError(f"two stages are the least, for copies to run ahead, got {tiling.stages}")

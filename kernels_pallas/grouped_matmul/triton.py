@@ -29,21 +29,21 @@ GRADIENT_RHS = op.Tiling(rows=64, columns=256, depth=128, stages=3, warps=8)
 
 
 def candidates(shape: tuple[int, int, int, int], dtype) -> tuple[op.Tiling, ...]:
-  """Tilings of `forward` worth timing for (R, E, D, F), the default first.
+  """Tilings worth timing for (R, E, D, F), for all passes.
 
   Kept are those whose stages fit the shared memory of an Ada GPU (99 KiB) with 4 warps or a
-  Hopper's (227 KiB) with 8, whose sums fit the registers, and whose rows a group can fill.
+  Hopper's (227 KiB) with 8, and whose sums fit the registers.
   """
-  rows, experts = shape[:2]
-  sides = itertools.product((32, 64, 128, 256), (64, 128, 256), (32, 64, 128), (4, 8), (3, 4))
+  del shape  # tiles are cut to what the matrices need
+  sides = itertools.product((32, 64, 128), (64, 128, 256), (32, 64, 128), (4, 8), (3, 4))
   found = [
-    op.Tiling(rows=tile, columns=columns, depth=depth, stages=stages, warps=warps)
-    for tile, columns, depth, warps, stages in sides
-    if (tile + columns) * depth * stages * jnp.dtype(dtype).itemsize <= {4: 99, 8: 227}[warps] << 10
-    and 16 <= tile * columns // (32 * warps) <= 128
-    and tile <= max(32, 2 * rows // experts)
+    op.Tiling(rows=rows, columns=columns, depth=depth, stages=stages, warps=warps)
+    for rows, columns, depth, warps, stages in sides
+    if (max(rows, depth) + columns) * min(rows, depth) * stages * jnp.dtype(dtype).itemsize
+    <= {4: 99, 8: 227}[warps] << 10
+    and 16 <= max(rows, depth) * columns // (32 * warps) <= 128
   ]
-  return tuple(dict.fromkeys([FORWARD, *found]))
+  return tuple(dict.fromkeys([FORWARD, SWIGLU, GRADIENT_RHS, *found]))
 
 
 def forward(

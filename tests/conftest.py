@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
@@ -10,3 +12,12 @@ if "xla_backend_optimization_level" not in flags:
   # Most of a test's time is compilation.
   flags += " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = flags.strip()
+
+
+@pytest.fixture(autouse=True)
+def checked_values():
+  """Every test has JAX check over which mesh axes each value varies."""
+  from lladax.sharding import checked
+
+  with checked():
+    yield

@@ -10,12 +10,19 @@ from lladax.models import init_variables, tiny
 from lladax.sharding import (
   MESH_AXES,
   MeshConfig,
+  axes_in,
   batch_sharding,
   constrain,
+  fitting_sizes,
+  gather,
+  keep,
   make_mesh,
   named_sharding,
-  over_batch_shards,
+  on_devices,
   param_shardings,
+  partition,
+  spec,
+  total,
   use_mesh,
 )
 
@@ -23,10 +30,10 @@ from lladax.sharding import (
 @pytest.mark.parametrize(
   "config, sizes",
   [
-    (MeshConfig(), (8, 1, 1, 1)),
-    (MeshConfig(fsdp=2, expert=2), (2, 2, 2, 1)),
-    (MeshConfig(data=1, tensor=-1), (1, 1, 1, 8)),
-    (MeshConfig(data=2, fsdp=1, expert=4, tensor=1), (2, 1, 4, 1)),
+    (MeshConfig(), (8, 1, 1, 1, 1)),
+    (MeshConfig(fsdp=2, expert=2), (2, 2, 2, 1, 1)),
+    (MeshConfig(data=1, tensor=-1), (1, 1, 1, 8, 1)),
+    (MeshConfig(data=2, fsdp=1, expert=4, tensor=1), (2, 1, 4, 1, 1)),
   ],
 )
 def test_sizes_of_the_mesh(config, sizes):
@@ -37,7 +44,7 @@ def test_sizes_of_the_mesh(config, sizes):
 
 def test_a_mesh_over_some_of_the_devices():
   mesh = make_mesh(MeshConfig(expert=2), devices=jax.devices()[:4])
-  assert tuple(mesh.shape.values()) == (2, 1, 2, 1)
+  assert tuple(mesh.shape.values()) == (2, 1, 2, 1, 1)
 
 
 @pytest.mark.parametrize("sizes", [dict(data=0), dict(fsdp=-2), dict(data=-1, expert=-1)])
@@ -58,15 +65,22 @@ def test_parameters_lie_where_their_logical_axes_say():
   mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
   specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(mesh, boxed))
   # Axis names of the mesh, layers first.
-  assert specs["embed"]["embedding"] == PartitionSpec("tensor", "fsdp")
-  assert specs["lm_head"]["kernel"] == PartitionSpec("fsdp", "tensor")
+  assert specs["embed"]["embedding"] == PartitionSpec(None, ("fsdp", "expert"))
+  assert specs["lm_head"]["kernel"] == PartitionSpec("fsdp", ("tensor", "expert"))
   layer = specs["layers"]
-  assert layer["moe"]["gate_up"] == PartitionSpec(None, "expert", "fsdp", "tensor")
-  assert layer["moe"]["down"] == PartitionSpec(None, "expert", "tensor", "fsdp")
-  assert layer["attention"]["query"]["kernel"] == PartitionSpec(None, "fsdp", "tensor", None)
-  assert layer["attention"]["out"]["kernel"] == PartitionSpec(None, "tensor", None, "fsdp")
-  split = {name for spec in jax.tree.leaves(specs) for name in spec if name}
-  assert split == {"fsdp", "expert", "tensor"}
+  assert layer["moe"]["gate_up"] == PartitionSpec(None, "tensor", "fsdp", "expert")
+  assert layer["moe"]["down"] == PartitionSpec(None, "tensor", "expert", "fsdp")
+  assert layer["attention"]["query"]["kernel"] == PartitionSpec(None, "fsdp", "tensor", "expert")
+  assert layer["attention"]["out"]["kernel"] == PartitionSpec(None, "tensor", "expert", "fsdp")
+  assert not any(specs["final_norm"]["scale"])
+
+
+def test_what_does_not_divide_is_left_whole():
+  mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
+  assert partition(mesh, (6, 4), ("embed", "vocab")) == PartitionSpec("fsdp", ("tensor", "expert"))
+  assert partition(mesh, (6, 6), ("embed", "vocab")) == PartitionSpec("fsdp", "tensor")
+  assert partition(mesh, (5, 3), ("embed", "vocab")) == PartitionSpec(None, None)
+  assert partition(mesh, (2, 2), ("batch", None)) == PartitionSpec("fsdp", None)
 
 
 def test_a_name_without_a_rule_is_an_error():
@@ -84,25 +98,60 @@ def test_constrain_is_the_identity_without_a_mesh_and_splits_the_batch_with_one(
   np.testing.assert_array_equal(y, x)
 
 
-@pytest.mark.parametrize(
-  "rows, seen", [(16, (2, 3)), (12, (12, 3))], ids=["divides", "does_not_divide"]
-)
-def test_each_device_computes_its_own_rows(rows, seen):
+def test_each_device_computes_its_own_rows():
   shapes = []
 
   def scale(x, factor):
     shapes.append((x.shape, factor.shape))
     return x * factor
 
-  x, factor = jnp.arange(3.0 * rows).reshape(rows, 3), jnp.array([1.0, 2, 3])
-  run = over_batch_shards(scale, sharded=(True, False))
+  def run(x):
+    rows = spec(x.shape, "batch", None)
+    return on_devices(scale, (rows, spec(factor.shape, None)), rows, x, factor)
+
+  x, factor = jnp.arange(48.0).reshape(16, 3), jnp.array([1.0, 2, 3])
   with use_mesh(make_mesh(MeshConfig(data=2, fsdp=2, expert=2))):
-    y = jax.jit(lambda x: run(x, factor))(x)
-  assert shapes == [(seen, (3,))]
+    y = jax.jit(run)(x)
+  assert shapes == [((2, 3), (3,))]
   np.testing.assert_array_equal(y, x * factor)
   shapes.clear()
-  run(x, factor)  # no mesh: the function itself
-  assert shapes == [((rows, 3), (3,))]
+  run(x)  # no mesh: the function itself
+  assert shapes == [((16, 3), (3,))]
+
+
+@pytest.mark.parametrize("rows", [8, 4, 2, 1])  # fewer rows than devices: weights stay split
+@pytest.mark.parametrize("names", [("embed", "vocab"), ("embed_columns", "heads")], ids=str)
+def test_a_product_with_a_gathered_weight(rows, names):
+  x, w = (
+    jax.random.normal(jax.random.key(0), (rows, 8)),
+    jax.random.normal(jax.random.key(1), (8, 8)),
+  )
+
+  def product(x, w):
+    lies, batch = spec(w.shape, *names), spec(x.shape, "batch", None)
+    split = axes_in(*batch)
+    stays = keep(lies, split)
+
+    def local(x, w):
+      return total(x @ gather(w, lies, split), axes_in(stays[0]))
+
+    specs = PartitionSpec(batch[0], stays[0]), lies
+    return on_devices(local, specs, PartitionSpec(batch[0], stays[1]), x, w)
+
+  def run(f):
+    y, vjp = jax.vjp(f, x, w)
+    return y, *vjp(jnp.sin(jnp.arange(y.size * 1.0)).reshape(y.shape))
+
+  want = run(jnp.dot)
+  for mesh in (MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(fsdp=4, context=2)):
+    with use_mesh(make_mesh(mesh)):
+      for a, b in zip(jax.jit(lambda: run(product))(), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_sizes_that_fit():
+  sizes = fitting_sizes(jax.devices(), ("fsdp", "expert"))
+  assert sizes == [(1, 1, 8, 1, 1), (1, 2, 4, 1, 1), (1, 4, 2, 1, 1), (1, 8, 1, 1, 1)]
 
 
 def test_constrain_leaves_whole_what_the_devices_cannot_share_equally():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from flax import struct
 from kernels_pallas.attention import attention
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.layers import Projection, RMSNorm, rotate
-from lladax.sharding import over_batch_shards
+from lladax.sharding import on_devices, spec
 from lladax.types import BoolPerToken, SegmentIds
 
 
@@ -62,15 +65,57 @@ def block_causal(block_length: int, segment_ids: SegmentIds | None = None) -> At
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMask) -> jax.Array:
-  """Attention of [B, L, heads, H] under `mask`, each device computing its rows of the batch."""
+  """Attention of [B, L, heads, H] under `mask`, each device computing its rows and heads.
+
+  Where the sequence is split over the context axis, sequence and heads change places for the
+  softmax: a device then has some heads of the whole sequence (Ulysses, arXiv 2309.14509). With c
+  devices that moves 4 / c of the activations, where gathering keys and values would move 2.
+
+  Raises:
+    ValueError: if the heads do not divide over the tensor and context axes.
+  """
+  axes = ("batch", "length", "heads", None)
+  of_query, of_key = spec(query.shape, *axes), spec(key.shape, *axes)
+  of_ids = type(of_query)(*of_query[:2])
+  heads, kv_heads = query.shape[2], key.shape[2]
+  if of_query[2] != of_key[2]:
+    raise ValueError(
+      f"{kv_heads} key heads do not divide over the mesh's tensor axis as {heads} heads do; "
+      f"choose a tensor axis that divides {kv_heads}"
+    )
+  context = of_query[1]  # the axis, or None
 
   def local(query, key, value, *segment_ids):
-    return attention(query, key, value, *segment_ids, block_length=mask.block_length)
+    if context:
+      query, key, value = _heads_for_length(context, query, key, value)
+      segment_ids = [jax.lax.all_gather(ids, context, axis=1, tiled=True) for ids in segment_ids]
+    out = attention(query, key, value, *segment_ids, block_length=mask.block_length)
+    if context:
+      out = jax.lax.all_to_all(out, context, split_axis=1, concat_axis=2, tiled=True)
+    return out
 
-  args = (query, key, value)
+  args, specs = (query, key, value), (of_query, of_key, of_key)
   if mask.segment_ids is not None:
-    args = (*args, mask.segment_ids)
-  return over_batch_shards(local, sharded=(True,) * len(args))(*args)
+    args, specs = (*args, mask.segment_ids), (*specs, of_ids)
+  return on_devices(local, specs, of_query, *args)
+
+
+def _heads_for_length(axis: str, query, key, value):
+  """[B, L / c, heads, H] -> [B, L, heads / c, H] over the c devices of an axis of the mesh."""
+  devices = jax.lax.axis_size(axis)
+  heads, kv_heads = query.shape[2], key.shape[2]
+  # Each key head as often as it takes for the devices to share them equally.
+  copies = devices // math.gcd(kv_heads, devices)
+  if heads % (kv_heads * copies):
+    raise ValueError(
+      f"a device's {heads} heads with {kv_heads} key heads do not divide over the {devices} devices "
+      "of the context axis; choose a smaller one, or a smaller tensor axis"
+    )
+  key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+  return (
+    jax.lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
+    for x in (query, key, value)
+  )
 
 
 class Attention(nn.Module):
@@ -98,8 +143,8 @@ class Attention(nn.Module):
     key = project("key", K, "kv_heads")  # [B, L, K, H]
     value = project("value", K, "kv_heads")
     if config.qk_norm:
-      query = RMSNorm(config.rms_norm_eps, name="query_norm")(query)
-      key = RMSNorm(config.rms_norm_eps, name="key_norm")(key)
+      norm = functools.partial(RMSNorm, config.rms_norm_eps, ("batch", "length", "heads", None))
+      query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
     out = attend(rotate(query, *rotary), rotate(key, *rotary), value, mask)
     axes = ("heads", "head_dim", "embed")
     return Projection((x.shape[-1],), axes, inputs=2, name="out", **shared)(out)

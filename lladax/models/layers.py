@@ -9,23 +9,79 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.linear import linear
+from kernels_pallas.op import vary_like
 from kernels_pallas.rms_norm import rms_norm
+from lladax.sharding import axes_in, axes_of, gather, keep, on_devices, spec, total
 
 
 class RMSNorm(nn.Module):
   """x * rsqrt(mean(x^2) + eps), in float32, cast back to the dtype of x, then times the scale.
 
   The order of the casts is that of the released LLaDA-MoE: the scale multiplies after rounding.
+
+  Attributes:
+    eps: added to the mean square.
+    axes: logical names of the axes of x.
+    param_dtype: of the scale.
   """
 
   eps: float
+  axes: tuple[str | None, ...] = ("batch", "length", "activation")
   param_dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
     scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-    return rms_norm(x, scale, self.eps)
+    rows, whole = spec(x.shape, *self.axes), spec(scale.shape, "norm")
+
+    def local(x, scale):
+      return rms_norm(x, vary_like(scale, x), self.eps)
+
+    return on_devices(local, (rows, whole), rows, x, scale)
+
+
+class Embedding(nn.Module):
+  """The table of embeddings: tokens int32[B, L] -> [B, L, D] in `dtype`.
+
+  A device holds some columns of every row of the table. It looks up those columns for the tokens of
+  all devices that it shares the table with, and each gets its own rows back: the ids travel, and
+  T * D numbers, never the table. (`nn.Embed` in all but that.)
+  """
+
+  vocab_size: int
+  width: int
+  dtype: jnp.dtype
+  initializer_range: float = 0.02
+  param_dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    init = nn.initializers.normal(self.initializer_range)
+    init = nn.with_logical_partitioning(init, self.AXES)
+    self.embedding = self.param("embedding", init, (self.vocab_size, self.width), self.param_dtype)
+
+  AXES = ("vocab_rows", "embed_columns")
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    table = self.embedding
+    table_spec, rows = spec(table.shape, *self.AXES), spec(tokens.shape, "batch", "length")
+    stays = keep(table_spec, axes_in(*rows))[1]
+    travels = [axis for axis in axes_of(table_spec[1]) if axis not in axes_of(stays)]
+
+    def local(table, tokens):
+      ids = tokens.reshape(-1)
+      for axis in travels:
+        if axis in axes_in(*rows):
+          ids = jax.lax.all_gather(ids, axis, tiled=True)
+      x = table.astype(self.dtype)[ids]
+      for axis in reversed(travels):  # minor first
+        if axis in axes_in(*rows):
+          x = jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=1, tiled=True)
+        else:
+          x = jax.lax.all_gather(x, axis, axis=1, tiled=True, to="invarying")
+      return x.reshape(*tokens.shape, -1)
+
+    return on_devices(local, (table_spec, rows), type(rows)(*rows, stays), table, tokens)
 
 
 def rotary_tables(positions: jax.Array, size: int, theta: float, dtype) -> tuple:
@@ -59,7 +115,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Projection(nn.Module):
-  """A linear map of the last axes of x, without bias unless asked.
+  """A linear map of the last axes of x [B, L, ...], without bias unless asked.
 
   Attributes:
     features: output axes, e.g. (N, H).
@@ -76,16 +132,49 @@ class Projection(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    contracted = x.shape[x.ndim - self.inputs :]
+    inputs = self.inputs
     init = nn.with_logical_partitioning(nn.initializers.normal(self.initializer_range), self.axes)
-    kernel = self.param("kernel", init, contracted + self.features, self.param_dtype)
-    flat = kernel.astype(x.dtype).reshape(math.prod(contracted), -1)  # [D, F]
-    y = linear(x.reshape(*x.shape[: x.ndim - self.inputs], -1), flat)
-    y = y.reshape(*y.shape[:-1], *self.features)
+    shape = x.shape[x.ndim - inputs :] + self.features
+    kernel = self.param("kernel", init, shape, self.param_dtype)
+    y = project(x, kernel, self.axes, inputs=inputs)
     if self.use_bias:
-      init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.inputs :])
+      init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[inputs:])
       y = y + self.param("bias", init, self.features, self.param_dtype).astype(x.dtype)
     return y
+
+
+def project(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...], *, inputs=1, dtype=None):
+  """x [B, L, inputs...] times kernel [inputs..., features...] on the mesh in use.
+
+  Args:
+    x: rows over the batch axes and the sequence over context, where they divide.
+    kernel: cast to the dtype of `x`.
+    axes: logical names of the kernel's axes.
+    inputs: how many axes are contracted.
+    dtype: of the result; that of `x` if None. Products are summed in float32.
+
+  Returns:
+    [B, L, features...].
+  """
+  lead, lies = spec(x.shape[:2], "batch", "length"), spec(kernel.shape, *axes)
+  rows = axes_in(*lead)
+  stays = keep(lies, rows)
+  contracted = axes_in(*stays[:inputs])
+
+  def local(x, kernel):
+    kernel = gather(kernel.astype(x.dtype), lies, rows)
+    features = kernel.shape[inputs:]
+    flat = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)  # [D, F]
+    flat_x = x.reshape(*x.shape[:2], -1)
+    flat_x, flat = vary_like((flat_x, flat), flat_x, flat)
+    if dtype is None:
+      y = linear(flat_x, flat)
+    else:
+      y = jnp.dot(flat_x, flat, preferred_element_type=dtype)
+    return total(y, contracted).reshape(*x.shape[:2], *features)
+
+  of_x, of_y = type(lead)(*lead, *stays[:inputs]), type(lead)(*lead, *stays[inputs:])
+  return on_devices(local, (of_x, lies), of_y, x, kernel)
 
 
 class SwiGLU(nn.Module):

@@ -13,11 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.cpu import dot
 from lladax.models.attention import Attention, AttentionMask, full, segments
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.head import weighted_nll_on_mesh
-from lladax.models.layers import RMSNorm, SwiGLU, rotary_tables
+from lladax.models.layers import Embedding, RMSNorm, SwiGLU, project, rotary_tables
 from lladax.moe.layer import MoELayer
 from lladax.moe.router import RouterStats
 from lladax.sharding import constrain
@@ -70,12 +69,12 @@ class Transformer(nn.Module):
   def setup(self):
     config = self.config
     param_dtype = dtype_of(config.param_dtype)
-    init = nn.initializers.normal(config.initializer_range)
-    self.embed = nn.Embed(
+    self.embed = Embedding(
       config.vocab_size,
       config.hidden_size,
-      param_dtype=param_dtype,
-      embedding_init=nn.with_logical_partitioning(init, ("vocab", "embed")),
+      dtype_of(config.dtype),
+      config.initializer_range,
+      param_dtype,
     )
     if config.num_dense_layers:
       self.dense_layers = self._stack(routed=False, length=config.num_dense_layers)
@@ -108,7 +107,8 @@ class Transformer(nn.Module):
   ) -> tuple[Logits, RouterStats | None]:
     """float32 logits [B, L, V] and the routers' statistics, stacked over routed layers [n, ...]."""
     hidden, stats = self.hidden(tokens, positions=positions, mask=mask)
-    return dot(hidden, self._head()), stats
+    kernel, axes = self._head()
+    return project(hidden, kernel, axes, dtype=jnp.float32), stats
 
   def token_nll(
     self,
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
     The head is computed for weighted positions only; see `lladax.models.head`.
     """
     hidden, stats = self.hidden(tokens, positions=positions, mask=mask)
-    total, nll = weighted_nll_on_mesh(hidden, self._head(), targets, weights)
+    total, nll = weighted_nll_on_mesh(hidden, *self._head(), targets, weights)
     return total, nll, stats
 
   def hidden(
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
       mask = dataclasses.replace(mask, block_length=1)
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = self.embed(tokens).astype(dtype_of(config.dtype))  # [B, L, D]
+    x = self.embed(tokens)  # [B, L, D]
     x = constrain(x, "batch", "length", "activation")
     # Once for all layers: left to each of them, XLA takes the cosine anew for every head.
     rotary = rotary_tables(positions, config.rotary_size, config.rope_theta, x.dtype)
@@ -156,21 +156,23 @@ class Transformer(nn.Module):
       x = jnp.where((positions == 0)[..., None], x, before)
     return x, stats
 
-  def _head(self) -> jax.Array:
-    """[D, V] in the compute dtype."""
-    tied = self.config.tie_word_embeddings
-    kernel = self.embed.embedding.T if tied else self.lm_head()
-    return kernel.astype(dtype_of(self.config.dtype))
+  def _head(self) -> tuple[jax.Array, tuple[str, str]]:
+    """The kernel [D, V] and the logical names of its axes."""
+    if self.config.tie_word_embeddings:
+      return self.embed.embedding.T, Embedding.AXES[::-1]
+    return self.lm_head(), _Head.AXES
 
 
 class _Head(nn.Module):
   config: ModelConfig
 
+  AXES = ("embed", "vocab")
+
   @nn.compact
   def __call__(self) -> jax.Array:
     config = self.config
     init = nn.initializers.normal(config.initializer_range)
-    init = nn.with_logical_partitioning(init, ("embed", "vocab"))
+    init = nn.with_logical_partitioning(init, self.AXES)
     shape = (config.hidden_size, config.vocab_size)
     return self.param("kernel", init, shape, dtype_of(config.param_dtype))
 

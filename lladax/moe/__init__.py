@@ -1,7 +1,7 @@
 """Routing, dispatch and expert weights of the mixture of experts."""
 
 from lladax.moe.dispatch import Plan, make_plan
-from lladax.moe.expert_parallel import Exchange, Fsdp
+from lladax.moe.expert_parallel import AllToAll, Exchange, Experts, Fsdp, Ragged, Ring
 from lladax.moe.layer import MoEConfig, MoELayer
 from lladax.moe.router import (
   Router,
@@ -13,11 +13,15 @@ from lladax.moe.router import (
 )
 
 __all__ = [
+  "AllToAll",
   "Exchange",
+  "Experts",
   "Fsdp",
   "MoEConfig",
   "MoELayer",
   "Plan",
+  "Ragged",
+  "Ring",
   "Router",
   "RouterStats",
   "Routing",

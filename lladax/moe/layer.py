@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lladax.moe.expert_parallel import Exchange, Fsdp
+from lladax.moe.expert_parallel import Exchange, Experts, Fsdp
 from lladax.moe.router import Router, RouterStats, TopKSoftmax, router_stats
+from lladax.sharding import axes_in, on_devices, spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,10 @@ class MoEConfig:
 
 
 class MoELayer(nn.Module):
-  """x [B, L, D] -> (y [B, L, D], RouterStats). Router in float32, nothing dropped.
+  """x [B, L, D] -> (y [B, L, D], RouterStats). Router in float32.
 
-  Gate and up projections of an expert lie in one matrix [D, 2F], gate first.
+  Gate and up projections of an expert lie in one matrix [D, 2F], gate first. Router, dispatch and
+  experts run in one `shard_map`; the statistics are of the whole batch, whatever the mesh.
   """
 
   config: MoEConfig
@@ -65,27 +67,48 @@ class MoELayer(nn.Module):
   def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
     config, width = self.config, x.shape[-1]
     E, F = config.num_experts, config.expert_intermediate_size
-    router = self._param("router", (width, E), ("embed", "router"), jnp.float32)
-    gate_up = self._param("gate_up", (E, width, 2 * F), ("experts", "embed", "expert_mlp"))
-    down = self._param("down", (E, F, width), ("experts", "expert_mlp", "embed"))
-
-    rows = x.reshape(-1, width)  # [T, D]
-    logits = jnp.dot(rows.astype(jnp.float32), router)  # [T, E]
+    of_gate_up, of_down = config.exchange.axes
+    router = self._param("router", (width, E), ("activation", "router"), jnp.float32)
+    gate_up = self._param("gate_up", (E, width, 2 * F), of_gate_up)
+    down = self._param("down", (E, F, width), of_down)
     bias = None
     if config.router.has_bias:
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("router",))
       bias = self.param("expert_bias", zeros, (E,), jnp.float32)
-    routing = config.router(logits, config.num_experts_per_tok, bias)
-    y = config.exchange(
-      rows,
-      routing.weights,
-      routing.experts,
-      gate_up.astype(x.dtype),
-      down.astype(x.dtype),
-      implementation=config.implementation,
-    ).reshape(x.shape)
-    stats = router_stats(logits, routing, None if valid is None else valid.reshape(-1))
-    return y, stats
+
+    rows = spec(x.shape, "batch", "length", None)
+    experts = Experts(
+      num_experts=E,
+      gate_up=spec(gate_up.shape, *of_gate_up),
+      down=spec(down.shape, *of_down),
+      rows=axes_in(*rows),
+    )
+    config.exchange.check(experts)
+    whole = type(rows)()
+
+    def local(x, router, gate_up, down, bias, valid):
+      tokens = x.reshape(-1, width)  # [T, D]
+      logits = jnp.dot(tokens.astype(jnp.float32), router)  # [T, E]
+      routing = config.router(logits, config.num_experts_per_tok, bias)
+      y, dropped = config.exchange(
+        tokens,
+        routing.weights,
+        routing.experts,
+        gate_up.astype(x.dtype),
+        down.astype(x.dtype),
+        experts,
+        implementation=config.implementation,
+      )
+      valid = None if valid is None else valid.reshape(-1)
+      stats = router_stats(logits, routing, valid, dropped=dropped, axes=experts.rows)
+      return y.reshape(x.shape), stats
+
+    return on_devices(
+      local,
+      (rows, whole, experts.gate_up, experts.down, whole, type(rows)(*rows[:2])),
+      (rows, whole),
+      *(x, router, gate_up, down, bias, valid),
+    )
 
   def _param(self, name, shape, axes, dtype=None):
     init = nn.initializers.normal(self.initializer_range)

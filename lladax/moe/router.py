@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ class RouterStats:
       the normalised form; the form that sums over the k slots is k times as large (facts of
       LLaDA-MoE, arXiv 2509.24389, leave the choice open).
     z_loss: float32[], mean of logsumexp(logits)^2.
-    dropped: float32[], slots that no expert computed. 0 for dropless dispatch.
+    dropped: float32[], slots that no expert computed, a number and not a mean. 0 unless the
+      exchange was asked to drop what its buffer does not hold.
   """
 
   load: jax.Array
@@ -171,7 +173,14 @@ def _top_k(scores: jax.Array, choice: jax.Array, k: int) -> tuple[jax.Array, jax
   return jnp.take_along_axis(scores, experts, axis=-1), experts
 
 
-def router_stats(logits: jax.Array, routing: Routing, valid: jax.Array | None = None):
+def router_stats(
+  logits: jax.Array,
+  routing: Routing,
+  valid: jax.Array | None = None,
+  *,
+  dropped: jax.Array | None = None,
+  axes: Collection[str] = (),
+) -> RouterStats:
   """`RouterStats` of T tokens, padding left out.
 
   The load is a count and carries no gradient: the balance loss acts through the probabilities
@@ -182,24 +191,35 @@ def router_stats(logits: jax.Array, routing: Routing, valid: jax.Array | None = 
     logits: float32[T, E].
     routing: the router's decision.
     valid: bool[T], False on padding; None: all are real.
+    dropped: slots that found no room on this device; None: there are none.
+    axes: axes of the mesh over which the devices have other tokens: the statistics are of all of
+      them.
   """
   num_experts = logits.shape[-1]
   weight = jnp.ones(logits.shape[0]) if valid is None else valid.astype(jnp.float32)
-  weight = weight / jnp.maximum(weight.sum(), 1.0)
-
   chosen = routing.experts[..., None] == jnp.arange(num_experts)  # [T, k, E]
   chosen = chosen.sum(1, dtype=jnp.float32) / routing.experts.shape[1]
-  load = jax.lax.stop_gradient(weight @ chosen)
   p = routing.probabilities
   p = p / p.sum(-1, keepdims=True)
-  probability = weight @ p
-  entropy = -weight @ jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(-1)
+  entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(-1)
   z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+
+  sums = {
+    "tokens": weight.sum(),
+    "load": jax.lax.stop_gradient(weight @ chosen),
+    "probability": weight @ p,
+    "entropy": weight @ entropy,
+    "z": weight @ jnp.square(z),
+  }
+  if axes:
+    sums = jax.lax.psum(sums, tuple(sorted(axes)))
+  tokens = jnp.maximum(sums["tokens"], 1.0)
+  load, probability = sums["load"] / tokens, sums["probability"] / tokens
   return RouterStats(
     load=load,
     probability=probability,
-    entropy=entropy,
+    entropy=sums["entropy"] / tokens,
     balance_loss=num_experts * (load * probability).sum(),
-    z_loss=weight @ jnp.square(z),
-    dropped=jnp.zeros(()),
+    z_loss=sums["z"] / tokens,
+    dropped=jnp.zeros(()) if dropped is None else dropped.astype(jnp.float32),
   )

@@ -1,12 +1,15 @@
-"""The output head's cross-entropy: signature, checks, derivative."""
+"""The output head's cross-entropy: signature, checks, derivative, and what runs where."""
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
-from kernels_pallas.cross_entropy import reference, row_blocks
+from kernels_pallas import op
+from kernels_pallas.cross_entropy import pallas_tpu, reference, row_blocks
 
-IMPLEMENTATIONS = ("row_blocks", "reference")
+IMPLEMENTATIONS = ("row_blocks", "pallas_tpu", "reference")
 
 
 def weighted_nll(
@@ -26,13 +29,16 @@ def weighted_nll(
     kernel: [D, V].
     targets: int32[T].
     weights: float32[T]. Rows of weight 0 are not computed, and their targets may be any number.
-    implementation: one of `IMPLEMENTATIONS`; None is `row_blocks`.
+    implementation: one of `IMPLEMENTATIONS`; None chooses by the platform that is lowered for:
+      `pallas_tpu` on TPUs if it takes these operands, else `row_blocks`. Neither ever holds [T, V]
+      numbers.
 
   Returns:
     float32[] and float32[T], the latter 0 where the weight is 0.
 
   Raises:
-    ValueError: for shapes that do not fit or an unknown implementation.
+    ValueError: for shapes that do not fit, an unknown implementation, or one that was named and
+      cannot take them, with its reason. When lowered: one that was named and runs elsewhere.
   """
   rows = hidden.shape[:1]
   fits = hidden.ndim == kernel.ndim == 2 and hidden.shape[1] == kernel.shape[0]
@@ -43,24 +49,47 @@ def weighted_nll(
     )
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
-  run = reference.weighted_nll if implementation == "reference" else _row_blocks
-  return run(hidden, kernel, targets, weights)
+  if implementation == "pallas_tpu" and (reason := pallas_tpu.refusal(hidden, kernel)):
+    raise ValueError(
+      f"'pallas_tpu' cannot run here: {reason}. Use 'row_blocks' or None, which chooses"
+    )
+  args = hidden, kernel, targets, weights
+  args = op.vary_like(args, args)
+  return (
+    reference.weighted_nll(*args) if implementation == "reference" else _run(implementation, *args)
+  )
 
 
-@jax.custom_vjp
-def _row_blocks(hidden, kernel, targets, weights):
-  total, nll, _ = row_blocks.visit(hidden, kernel, targets, weights, with_gradient=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(implementation, *args):
+  total, nll, _ = _visit(implementation, *args, with_gradient=False)
   return total, nll
 
 
-def _forward(hidden, kernel, targets, weights):
-  total, nll, gradients = row_blocks.visit(hidden, kernel, targets, weights, with_gradient=True)
+def _forward(implementation, *args):
+  total, nll, gradients = _visit(implementation, *args, with_gradient=True)
   return (total, nll), gradients
 
 
-def _backward(gradients, cotangents):
+def _backward(implementation, gradients, cotangents):
+  del implementation
   scale = cotangents[0]
   return (*(scale.astype(g.dtype) * g for g in gradients), None, None)
 
 
-_row_blocks.defvjp(_forward, _backward)
+_run.defvjp(_forward, _backward)
+
+
+def _visit(implementation, hidden, kernel, *args, with_gradient):
+  args = hidden, kernel, *args
+  rows = functools.partial(row_blocks.visit, with_gradient=with_gradient)
+  if implementation == "row_blocks":
+    return rows(*args)
+  kernels = functools.partial(
+    pallas_tpu.visit, with_gradient=with_gradient, interpret=op.interpreted()
+  )
+  if implementation == "pallas_tpu":
+    return op.only_on("tpu", implementation, kernels, *args)
+  large = functools.partial(rows, block_rows=row_blocks.ACCELERATOR_BLOCK_ROWS)
+  tpu = large if pallas_tpu.refusal(hidden, kernel) else kernels
+  return op.by_platform(*args, cpu=rows, tpu=tpu, cuda=large)

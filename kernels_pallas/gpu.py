@@ -10,6 +10,7 @@ those in Triton's style in every version, Mosaic's from 0.12 on.
 from __future__ import annotations
 
 import contextlib
+import math
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
@@ -45,6 +46,16 @@ def core_count() -> int:
   if device is not None and device.platform == "gpu" and device.num_cores:
     return device.num_cores
   return getattr(jax.devices()[0], "core_count", None) or CORES
+
+
+def check_offsets(*arrays) -> None:
+  """Raises a ValueError for arrays that Triton kernels cannot address: 32 bits with a sign."""
+  for array in arrays:
+    if math.prod(array.shape) > 1 << 31:
+      raise ValueError(
+        f"Triton kernels address up to 2**31 numbers of an array, got {array.shape}: hold less on "
+        "each device, or multiply by implementation='mosaic_gpu'"
+      )
 
 
 def mosaic_interpreter():

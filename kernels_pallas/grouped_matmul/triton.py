@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels_pallas import op
+from kernels_pallas import gpu, op
 from kernels_pallas.grouped_matmul.row_tiles import row_tiles, tile_count
 
 FORWARD = op.Tiling(rows=128, columns=128, depth=32, stages=4, warps=4)
@@ -57,7 +56,7 @@ def forward(
   """[R, D] x [E, D, F] -> [R, F] (transposed: [R, F] x [E, D, F] -> [R, D]), zero beyond the groups.
 
   Raises:
-    ValueError: for weights that 32-bit offsets cannot address.
+    ValueError: for arrays of more than 2**31 numbers, which 32-bit offsets cannot address.
   """
   width = rhs.shape[1 if transpose_rhs else 2]
   return _products(
@@ -112,12 +111,13 @@ def gradient_rhs(
 ) -> jax.Array:
   """[R, D], [R, F] -> [E, D, F] in `dtype`, accumulated in float32; zero for empty groups."""
   (rows, depth), width, groups = lhs.shape, grad.shape[1], group_sizes.shape[0]
-  _check_size((groups, depth, width))
   tiling = _shrunk(tiling or GRADIENT_RHS, rows, width, depth)
   ends = jnp.cumsum(group_sizes.astype(jnp.int32))
+  out = jax.ShapeDtypeStruct((groups, depth, width), dtype)
+  gpu.check_offsets(lhs, grad, out)
   return _call(
     functools.partial(_gradient_rhs_kernel, tiling=tiling),
-    jax.ShapeDtypeStruct((groups, depth, width), dtype),
+    out,
     grid=(pl.cdiv(width, tiling.columns), pl.cdiv(depth, tiling.depth), groups),
     tiling=tiling,
   )(ends - group_sizes.astype(jnp.int32), ends, lhs, grad)
@@ -126,7 +126,7 @@ def gradient_rhs(
 def _products(lhs, rhs, group_sizes, *, finish, outputs, parts, transpose_rhs, tiling):
   rows, depth = lhs.shape
   width = rhs.shape[1 if transpose_rhs else 2] // parts
-  _check_size(rhs.shape)
+  gpu.check_offsets(lhs, rhs)
   if not rows:
     return [jnp.zeros((0, size), lhs.dtype) for size in sorted(set(outputs))]
   tiling = _shrunk(tiling, rows, width, depth)
@@ -266,12 +266,3 @@ def _shrunk(tiling, rows, columns, depth):
     columns=min(tiling.columns, columns),
     depth=min(tiling.depth, depth),
   )
-
-
-def _check_size(shape):
-  # Offsets are counted in 32 bits with a sign.
-  if math.prod(shape) > 2**31:
-    raise ValueError(
-      f"Triton kernels address up to 2**31 weights, got {shape}: use mosaic_gpu, or hold fewer "
-      "experts per device"
-    )

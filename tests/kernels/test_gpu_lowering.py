@@ -126,7 +126,7 @@ def test_what_cannot_run_says_why():
     mosaic_gpu.forward(lhs, rhs, sizes, tiling=tiling)
   weights = jax.ShapeDtypeStruct((1 << 10, 1 << 11, (1 << 10) + 1), jnp.bfloat16)
   rows = jax.ShapeDtypeStruct((8, 1 << 11), jnp.bfloat16)
-  with pytest.raises(ValueError, match=r"up to 2\*\*31 weights.*mosaic_gpu"):
+  with pytest.raises(ValueError, match=r"up to 2\*\*31 numbers.*mosaic_gpu"):
     jax.eval_shape(triton.forward, rows, weights, jnp.zeros(1 << 10, jnp.int32))
 
 

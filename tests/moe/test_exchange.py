@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lladax.moe import AllToAll, Fsdp, MoEConfig, MoELayer, Ragged, Ring
+from lladax.moe.route import exchange_rows
 from lladax.sharding import MeshConfig, make_mesh, param_shardings, partition, use_mesh
 
 B, L, D, E, F = 8, 4, 8, 8, 4
@@ -96,3 +97,114 @@ def test_equals_one_device_and_the_dense_layer(exchange, mesh):
     assert_close(y, dense(params, X, CONFIG.num_experts_per_tok), 1e-6)
     assert_close(((y, _), grads, stats), want)
     assert stats.dropped == 0
+
+
+IN_PLACE = (Ring, AllToAll, Ragged)
+
+
+@pytest.mark.parametrize("exchange", IN_PLACE)
+def test_every_expert_of_every_token(exchange):
+  config = dataclasses.replace(CONFIG, num_experts_per_tok=E, exchange=exchange())
+  (y, _), grads, stats = on_mesh(config, MeshConfig(fsdp=2, expert=4))
+  assert_close(y, dense(PARAMS, X, E), 1e-6)
+  one_device = dataclasses.replace(config, exchange=Fsdp())
+  assert_close(((y, _), grads, stats), layer(one_device, PARAMS, X, GRAD))
+
+
+@pytest.mark.parametrize("exchange", IN_PLACE)
+def test_a_buffer_that_overflows_is_exact_all_the_same(exchange):
+  params = skewed(PARAMS, 3.0)
+  want = layer(CONFIG, params, X, GRAD)
+  for factor in (0.4, 1.25):
+    config = dataclasses.replace(CONFIG, exchange=exchange(buffer_factor=factor))
+    (y, _), grads, stats = on_mesh(config, MeshConfig(expert=4, fsdp=2), params)
+    assert_close(((y, _), grads, stats), want)
+    assert stats.dropped == 0
+
+
+@pytest.mark.parametrize("exchange", IN_PLACE)
+def test_dropped_slots_are_counted_and_the_others_computed(exchange):
+  params = skewed(PARAMS, 3.0)
+  config = dataclasses.replace(
+    CONFIG, exchange=exchange(buffer_factor=1.0, on_overflow="drop"), num_experts_per_tok=1
+  )
+  (y, _), grads, stats = on_mesh(config, MeshConfig(expert=4, fsdp=2), params)
+  want = dense(params, X, 1)
+  missing = np.abs(np.asarray(y)).max(-1) == 0  # with one expert a token is computed or not
+  assert stats.dropped == missing.sum() > 0
+  assert_close(np.asarray(y)[~missing], np.asarray(want)[~missing], 1e-6)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+  # What is not computed gets no gradient but the router's losses'.
+  sure = dataclasses.replace(config, exchange=exchange(buffer_factor=8.0, on_overflow="drop"))
+  assert on_mesh(sure, MeshConfig(expert=4, fsdp=2), params)[2].dropped == 0
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda e: type(e).__name__)
+def test_permuting_the_experts_permutes_nothing_else(exchange):
+  config, mesh = dataclasses.replace(CONFIG, exchange=exchange), MeshConfig(expert=4, tensor=2)
+  order = np.random.default_rng(0).permutation(E)
+  permuted = {"router": PARAMS["router"][:, order]}
+  permuted |= {name: PARAMS[name][order] for name in ("gate_up", "down")}
+  (y, loss), (dparams, dx), stats = on_mesh(config, mesh)
+  (y_, loss_), (dparams_, dx_), stats_ = on_mesh(config, mesh, permuted)
+  assert_close((y_, loss_, dx_, stats_.entropy), (y, loss, dx, stats.entropy), 1e-6)
+  assert_close(stats_.load, stats.load[order])
+  assert_close(dparams_["router"], dparams["router"][:, order])
+  for name in ("gate_up", "down"):
+    assert_close(dparams_[name], dparams[name][order])
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda e: type(e).__name__)
+def test_a_batch_of_one_is_computed_where_the_experts_lie(exchange):
+  config = dataclasses.replace(CONFIG, exchange=exchange)
+  x, grad = X[:1, :3], GRAD[:1, :3]
+  got = on_mesh(config, MeshConfig(fsdp=2, expert=4), x=x, grad=grad)
+  assert_close(got, layer(CONFIG, PARAMS, x, grad))
+
+
+@pytest.mark.parametrize("exchange", IN_PLACE)
+def test_experts_that_do_not_divide(exchange):
+  config = dataclasses.replace(CONFIG, num_experts=6, exchange=exchange())
+  with pytest.raises(ValueError, match=r"6 experts do not divide over 4 .*one of \[1, 2, 3, 6\]"):
+    on_mesh(config, MeshConfig(fsdp=2, expert=4), nn.meta.unbox(boxed(config)))
+
+
+def test_what_is_no_buffer():
+  for wrong in (dict(buffer_factor=0.0), dict(buffer_factor=-1), dict(on_overflow="ignore")):
+    with pytest.raises(ValueError, match="got"):
+      Ring(**wrong)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_arrive_where_they_are_sent_and_their_gradients_come_back(seed):
+  """`exchange_rows` against a loop over chunks, with empty chunks and room to spare."""
+  devices, room, rows = 4, 40, 24
+  rng = np.random.default_rng(seed)
+  counts = rng.integers(0, 6, (devices, devices)) * (rng.random((devices, devices)) < 0.7)
+  x = rng.normal(size=(devices, rows, 3)).astype(np.float32)
+  want = np.zeros((devices, room, 3), np.float32)
+  for to in range(devices):
+    arrived = [x[i, counts[i, :to].sum() :][: counts[i, to]] for i in range(devices)]
+    arrived = np.concatenate(arrived)
+    want[to, : len(arrived)] = arrived
+
+  mesh = make_mesh(MeshConfig(expert=devices), jax.devices()[:devices])
+  split = jax.sharding.PartitionSpec("expert")
+
+  def run(x):
+    def local(x):
+      counts_ = jnp.asarray(counts, jnp.int32)
+      return exchange_rows(x[0], counts_, room, "expert")[None]
+
+    return jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split)(x)
+
+  with use_mesh(mesh):
+    got, vjp = jax.vjp(jax.jit(run), x)
+    np.testing.assert_array_equal(got, want)
+    grad = rng.normal(size=want.shape).astype(np.float32)
+    (back,) = vjp(grad)
+  for i in range(devices):
+    sent = counts[i].sum()
+    assert not np.any(back[i, sent:])
+  # <send x, g> = <x, send back g>, for any x: it is linear.
+  np.testing.assert_allclose(np.vdot(want, grad), np.vdot(x, back), rtol=1e-4)

@@ -12,9 +12,10 @@ Four products instead of the three of `row_blocks`, and the faster form by peak 
 D = 2048, V = 157184, bfloat16, `row_blocks` of b rows takes 15.8 TFLOP and moves, by XLA's cost
 model, 26 GB for logits and 4 GB for the matrix and its float32 gradient with each block: 57 GB at
 b = 1024, beside 2.5 GB of memory. Its loops over logits wait for memory, its products do not: 34 +
-21 ms on a v5p, 80 + 70 ms on a v5e, 17 + 35 ms on a v6e. The kernels here take 21.1 TFLOP, 46, 107
-and 23 ms; they read the matrix once per 512 rows and the rows once per 512 columns, 22 GB, copied
-while they multiply; and 0.07 GB of memory. (Arithmetic and ahead-of-time compilation, not timed.)
+21 ms on a v5p, 80 + 70 ms on a v5e, 17 + 35 ms on a v6e. The kernels here take 21.1 TFLOP; the first
+reads the matrix once per 512 rows, 10 GB, the second the rows, also transposed, once per 512
+columns, 22 GB, both while they multiply: 46, 107 and 25 ms (on a v6e the second waits for memory),
+and 0.1 GB of memory. (Arithmetic and ahead-of-time compilation, not timed.)
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def visit(hidden, kernel, targets, weights, *, with_gradient, interpret=False):
     scalars = live, tiles[:, 0], last
     nll, log_norm, *dhidden = make(x, kernel).softmax(scalars, x, kernel, *column, with_gradient)
     if with_gradient:
-      dkernel = make(x, kernel).kernel_gradient(live, x, kernel, *column, log_norm)
+      # Lying down they are small to fetch. Words as float32: exact below 2**24.
+      lying = jnp.stack([keys.astype(jnp.float32), weight, log_norm[:, 0]])
+      lying = jnp.pad(lying, [(0, 5), (0, 0)])
+      dkernel = make(x, kernel).kernel_gradient(live, x, kernel, lying)
   inverse = jnp.zeros(T, jnp.int32).at[order].set(jnp.arange(T, dtype=jnp.int32))
   nll = nll[:, 0]
   gradients = (dhidden[0][inverse], dkernel) if with_gradient else ()
@@ -140,6 +144,7 @@ class _Call:
       functools.partial(_softmax_kernel, nth, with_gradient=with_gradient),
       (self.row_tiles, self.column_tiles),
       products,
+      self.row_tiles * self.vocabulary + 2 * self.rows,
       scalars=scalars,
       operands=(x, kernel, keys, weights),
       in_specs=[
@@ -153,37 +158,33 @@ class _Call:
       scratch_shapes=scratch,
     )
 
-  def kernel_gradient(self, live, x, kernel, keys, weights, log_norm):
-    """[D, V]."""
+  def kernel_gradient(self, live, x, kernel, lying):
+    """[D, V]. lying: float32[8, rows]; words, weights and logs of the norm."""
     tile, columns, width = self.tile, self.columns, self.width
 
     def live_tile(i, live):
       return jnp.minimum(i, jnp.maximum(live[0] - 1, 0))
 
-    def row(j, i, live):
-      return live_tile(i, live), 0
+    def across(j, i, live):
+      return 0, live_tile(i, live)
 
-    narrow, column = (
-      pl.BlockSpec((tile, 1), row),
-      pl.BlockSpec((width, columns), lambda j, *_: (0, j)),
-    )
+    column = pl.BlockSpec((width, columns), lambda j, *_: (0, j))
     (gradient,) = self._call(
       _gradient_kernel,
       (self.column_tiles, self.row_tiles),
       2,
+      2 * self.column_tiles * self.rows + 2 * self.vocabulary,
       scalars=(live,),
       # The rows are given transposed, too: as a left factor the unit wants them so.
-      operands=(x, x.T, kernel, keys, weights, log_norm),
+      operands=(x, x.T, kernel, lying),
       in_specs=[
-        pl.BlockSpec((tile, width), row),
-        pl.BlockSpec((width, tile), lambda j, i, live: (0, live_tile(i, live))),
+        pl.BlockSpec((tile, width), lambda *args: across(*args)[::-1]),
+        pl.BlockSpec((width, tile), across),
         column,
-        narrow,
-        narrow,
-        narrow,
+        pl.BlockSpec((8, tile), across),
       ],
       out_specs=[column],
-      out_shape=[self._out(kernel.shape, kernel.dtype, x, kernel, weights)],
+      out_shape=[self._out(kernel.shape, kernel.dtype, x, kernel, lying)],
       scratch_shapes=[pltpu.VMEM((width, columns), jnp.float32)],
     )
     return gradient
@@ -191,15 +192,15 @@ class _Call:
   def _out(self, shape, dtype, *references):
     return op.shape_like(shape, dtype, *references)
 
-  def _call(self, body, grid, products, *, scalars, operands, **specs):
+  def _call(self, body, grid, products, moved, *, scalars, operands, **specs):
+    """`moved`: vectors of D numbers read and written."""
     out_shape = specs.pop("out_shape")
-    size = self.dtype.itemsize
     scores = self.rows * self.vocabulary
     # As if every row had a weight.
     cost = pl.CostEstimate(
       flops=2 * products * scores * self.width,
       transcendentals=scores,
-      bytes_accessed=size * self.width * (self.row_tiles * self.vocabulary + 2 * self.rows),
+      bytes_accessed=self.dtype.itemsize * self.width * moved,
     )
     with op.for_target():
       return pl.pallas_call(
@@ -283,7 +284,7 @@ def _softmax_kernel(
       dhidden[...] = gradient.astype(dhidden.dtype)
 
 
-def _gradient_kernel(live, x, x_transposed, kernel, keys, weights, log_norm, out, total):
+def _gradient_kernel(live, x, x_transposed, kernel, lying, out, total):
   j, i = pl.program_id(0), pl.program_id(1)
 
   @pl.when(i == 0)
@@ -292,10 +293,11 @@ def _gradient_kernel(live, x, x_transposed, kernel, keys, weights, log_norm, out
 
   @pl.when(i < live[0])
   def _():
-    weight = weights[...]
+    standing = jnp.swapaxes(lying[...], 0, 1)
+    keys, weight, log_norm = (standing[:, n : n + 1] for n in range(3))
     logits = _dot(x[...], kernel[...])
-    dlogits = jnp.exp(logits - log_norm[...]) * weight
-    dlogits -= jnp.where(_hot(keys[...], j, logits.shape), weight, 0)
+    dlogits = jnp.exp(logits - log_norm) * weight
+    dlogits -= jnp.where(_hot(keys.astype(jnp.int32), j, logits.shape), weight, 0)
     total[...] += _dot(x_transposed[...], dlogits.astype(kernel.dtype))
 
   @pl.when(i == pl.num_programs(1) - 1)

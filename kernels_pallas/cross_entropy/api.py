@@ -7,7 +7,7 @@ import functools
 import jax
 
 from kernels_pallas import op
-from kernels_pallas.cross_entropy import pallas_tpu, reference, row_blocks
+from kernels_pallas.cross_entropy import reference, row_blocks
 
 IMPLEMENTATIONS = ("row_blocks", "pallas_tpu", "reference")
 
@@ -49,7 +49,7 @@ def weighted_nll(
     )
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
-  if implementation == "pallas_tpu" and (reason := pallas_tpu.refusal(hidden, kernel)):
+  if implementation == "pallas_tpu" and (reason := _kernels().refusal(hidden, kernel)):
     raise ValueError(
       f"'pallas_tpu' cannot run here: {reason}. Use 'row_blocks' or None, which chooses"
     )
@@ -80,16 +80,25 @@ def _backward(implementation, gradients, cotangents):
 _run.defvjp(_forward, _backward)
 
 
-def _visit(implementation, hidden, kernel, *args, with_gradient):
-  args = hidden, kernel, *args
+def _visit(implementation, *args, with_gradient):
   rows = functools.partial(row_blocks.visit, with_gradient=with_gradient)
+  large = functools.partial(rows, block_rows=row_blocks.ACCELERATOR_BLOCK_ROWS)
+
+  def kernels(*args):
+    return _kernels().visit(*args, with_gradient=with_gradient, interpret=op.interpreted())
+
+  def kernels_if_they_can(*args):
+    return large(*args) if _kernels().refusal(*args[:2]) else kernels(*args)
+
   if implementation == "row_blocks":
     return rows(*args)
-  kernels = functools.partial(
-    pallas_tpu.visit, with_gradient=with_gradient, interpret=op.interpreted()
-  )
   if implementation == "pallas_tpu":
     return op.only_on("tpu", implementation, kernels, *args)
-  large = functools.partial(rows, block_rows=row_blocks.ACCELERATOR_BLOCK_ROWS)
-  tpu = large if pallas_tpu.refusal(hidden, kernel) else kernels
-  return op.by_platform(*args, cpu=rows, tpu=tpu, cuda=large)
+  return op.by_platform(*args, cpu=rows, tpu=kernels_if_they_can, cuda=large)
+
+
+def _kernels():
+  # Importing Pallas takes a third of a second.
+  from kernels_pallas.cross_entropy import pallas_tpu
+
+  return pallas_tpu

@@ -8,12 +8,12 @@ sorted by target, few pairs of tiles have any target in common (at most their nu
 product), and only those are multiplied. The second kernel visits, for a tile of the vocabulary,
 all tiles of rows, computes their logits again, and sums the gradient of its columns on the chip.
 
-Four products instead of the three of `row_blocks`, and the faster form by peak rates. For 8192 rows,
-D = 2048, V = 157184, bfloat16, `row_blocks` of b rows takes 15.8 TFLOP and moves, by XLA's cost
-model, 26 GB for logits and 4 GB for the matrix and its float32 gradient with each block: 57 GB at
-b = 1024, beside 2.5 GB of memory. Its loops over logits wait for memory, its products do not: 34 +
-21 ms on a v5p, 80 + 70 ms on a v5e, 17 + 35 ms on a v6e. The kernels here take 21.1 TFLOP; the first
-reads the matrix once per 512 rows, 10 GB, the second the rows, also transposed, once per 512
+Four products instead of the three of `row_blocks`, and the faster form by peak rates. For 8192
+rows, D = 2048, V = 157184, bfloat16, `row_blocks` of b rows takes 15.8 TFLOP and moves, by XLA's
+cost model, 26 GB for logits and 4 GB for the matrix and its float32 gradient with each block: 57 GB
+at b = 1024, beside 2.5 GB of memory. Its loops over logits wait for memory, its products do not: 34
++ 21 ms on a v5p, 80 + 70 ms on a v5e, 17 + 35 ms on a v6e. The kernels here take 21.1 TFLOP; the
+first reads the matrix once per 512 rows, 10 GB, the second the rows, also transposed, once per 512
 columns, 22 GB, both while they multiply: 46, 107 and 25 ms (on a v6e the second waits for memory),
 and 0.1 GB of memory. (Arithmetic and ahead-of-time compilation, not timed.)
 """

@@ -51,7 +51,7 @@ SIZES = {
     attention=(2, 256, 4, 64),
     head=(256, 8192),
     dense=1024,
-    copied=1 << 26,
+    copied=1 << 24,
   ),
   "tiny": Setting(
     tokens=32,

@@ -107,7 +107,7 @@ def seconds(case: Case) -> tuple[float, object]:
 
 def ceilings(chosen: Setting) -> dict[str, float]:
   """What a dense product (FLOP/s) and a copy (bytes/s, read and written) reach on this device."""
-  sides, numbers = [(chosen.dense, chosen.dense)] * 2, chosen.copied // 2
+  sides, numbers = [(chosen.dense, chosen.dense)] * 2, chosen.copied // 4
   product = Case(
     name="dense product",
     implementation="jax.numpy",
@@ -119,8 +119,8 @@ def ceilings(chosen: Setting) -> dict[str, float]:
     name="copy",
     implementation="jax.numpy",
     run=jax.jit(lambda x: -x),
-    make=lambda turn: draw((numbers // 128, 128), turn=turn, dtype="bfloat16"),
-    bytes=2.0 * 2 * numbers,
+    make=lambda turn: draw((numbers // 128, 128), turn=turn, dtype="float32"),
+    bytes=2.0 * 4 * numbers,
   )
   return {
     "flops": product.flops / seconds(product)[0],
@@ -165,7 +165,7 @@ def line(row: dict) -> str:
     return start + row["error"]
   parts = [f"{row['ms']:>10.3f}"]
   for name, scale in (("flops_per_second", 1e12), ("bytes_per_second", 1e9)):
-    parts.append(f"{row[name] / scale:>10.2f}" if name in row else " " * 10)
+    parts.append(f"{row[name] / scale:>10.3f}" if name in row else " " * 10)
   parts.append(f"{100 * row['of_ceiling']:>8.0f}%")
   parts.append(f"{row['difference']:>12.1e}" if "difference" in row else "")
   return start + "".join(parts)

@@ -12,12 +12,18 @@ CASES = {
   "one_row_groups": (9, 24, 32, (1, 1, 1, 1, 1, 1, 1, 1, 1)),
   "crossing_tiles": (333, 96, 72, (127, 0, 129, 1, 70)),
 }
+# For the hardware: full tiles and their edges.
+LARGE = {
+  "uneven": (4100, 512, 384, (1000, 0, 1, 129, 2047, 128, 0, 640)),
+  "one_group": (1024, 256, 512, (1024,)),
+  "mostly_tail": (8192, 256, 128, (3, 0, 125, 200)),
+}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
 
 
 def operands(case, dtype, doubled=False):
   """lhs, rhs, group sizes and a gradient; NaN wherever a kernel may not look."""
-  rows, depth, width, sizes = CASES[case]
+  rows, depth, width, sizes = (CASES | LARGE)[case]
   live = sum(sizes)
   keys = jax.random.split(jax.random.key(0), 3)
   lhs = jax.random.normal(keys[0], (rows, depth), dtype).at[live:].set(jnp.nan)

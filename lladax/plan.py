@@ -4,7 +4,7 @@ python -m lladax.plan --experiment=pretrain_llada_moe --topology=v5p:4x4x4
 python -m lladax.plan --experiment=pretrain_llada_moe --topology=v5e:8x8 --fit --tokens=20e12
 python -m lladax.plan --experiment=pretrain_llada_moe --topology=v5p:4x4x4 --sweep --json=plan.json
 python -m lladax.plan --experiment=pretrain_llada_moe --topology=v5e:2x2 --mesh=tensor=4 --decode
-python -m lladax.plan --table pretrain_llada_moe@v5e:8x8 pretrain_llada_moe@v5p:4x4x4
+python -m lladax.plan --table pretrain_llada_moe@v5e:8x8@microbatches=8 pretrain_llada_moe@v5p:4x4x4
 
 Compiles the real train step for that slice with libtpu, on any machine with a CPU, and reads its
 cost off the compiled program. Needs pip install -e '.[plan]'. The 7B takes one to three minutes.
@@ -29,77 +29,107 @@ from lladax.scaling.plan import Plan, fit_microbatches, plan_training
 from lladax.scaling.sweep import Tried, sweep, with_choice
 from lladax.sharding import MeshConfig
 
-FLAGS = flags.FLAGS
 SLICES = "\n".join(f"  {name}: {describe(chip)}" for name, chip in CHIPS.items())
 
-flags.DEFINE_string(
-  "experiment", None, "Module with a config(): a name in experiments/, or a.dotted.module."
-)
-flags.DEFINE_string("topology", None, "Slice, as generation:shape. There are\n" + SLICES)
-flags.DEFINE_string(
-  "mesh",
-  None,
-  "Devices by axis, e.g. data=1,fsdp=16,expert=4. Default: the rule's choice, with its arithmetic. "
-  "Axes:\n" + fields_help(MeshConfig()),
-)
-flags.DEFINE_string(
-  "exchange", None, "How tokens and experts meet, e.g. Fsdp, Ring. Default: the rule's choice."
-)
-flags.DEFINE_bool("sweep", False, "Compile all exchanges on all meshes that fit; name the best.")
-flags.DEFINE_integer("limit", None, "With --sweep: so many of them, the most promising first.")
-flags.DEFINE_bool("fit", False, "Double the microbatches until the step fits.")
-flags.DEFINE_float("tokens", None, "Budget of tokens, e.g. 20e12: say how many days it takes.")
-flags.DEFINE_bool("decode", False, "Plan decoding: a pass over the whole row, and a block's step.")
-flags.DEFINE_list("rows", ["1", "8"], "With --decode: numbers of rows.")
-flags.DEFINE_integer("prompt", 1024, "With --decode: tokens of the prompt.")
-flags.DEFINE_bool(
-  "table", False, "A Markdown table, one line for each argument experiment@topology; implies --fit."
-)
-flags.DEFINE_string("json", None, "Write the plan to this file, too.")
-flags.DEFINE_string("hlo", None, "Write the text of the compiled program to this file, too.")
-flags.DEFINE_multi_string(
-  "set", [], "Changes a field of the experiment, e.g. --set data.batch_size=512."
-)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What is asked for; each field is the flag of its name."""
+
+  experiment: str | None = None
+  topology: str | None = None
+  mesh: str | None = None
+  exchange: str | None = None
+  sweep: bool = False
+  limit: int | None = None
+  fit: bool = False
+  tokens: float | None = None
+  decode: bool = False
+  rows: tuple[str, ...] = ("1", "8")
+  prompt: int = 1024
+  table: bool = False
+  json: str | None = None
+  hlo: str | None = None
+  set: tuple[str, ...] = ()
+
+
+def define_flags():
+  flags.DEFINE_string(
+    "experiment", None, "Module with a config(): a name in experiments/, or a.dotted.module."
+  )
+  flags.DEFINE_string("topology", None, "Slice, as generation:shape. There are\n" + SLICES)
+  flags.DEFINE_string(
+    "mesh",
+    None,
+    "Devices by axis, e.g. fsdp=16,expert=4. Default: the rule's choice, with its arithmetic. "
+    "Axes:\n" + fields_help(MeshConfig(data=1)),
+  )
+  flags.DEFINE_string(
+    "exchange", None, "How tokens and experts meet, e.g. Fsdp, Ring. Default: the rule's choice."
+  )
+  flags.DEFINE_bool("sweep", False, "Compile all exchanges on all meshes that fit; name the best.")
+  flags.DEFINE_integer("limit", None, "With --sweep: so many, the most promising first.")
+  flags.DEFINE_bool("fit", False, "Double the microbatches until the step fits.")
+  flags.DEFINE_float("tokens", None, "Budget of tokens, e.g. 20e12: say how many days it takes.")
+  flags.DEFINE_bool("decode", False, "Plan decoding: a pass over the whole row, a block's step.")
+  flags.DEFINE_list("rows", ["1", "8"], "With --decode: numbers of rows.")
+  flags.DEFINE_integer("prompt", 1024, "With --decode: tokens of the prompt.")
+  flags.DEFINE_bool(
+    "table",
+    False,
+    "A Markdown table, a line for each argument experiment@topology[@field=value]; implies --fit.",
+  )
+  flags.DEFINE_string("json", None, "Write the plan to this file, too.")
+  flags.DEFINE_string("hlo", None, "Write the text of the compiled program to this file, too.")
+  flags.DEFINE_multi_string(
+    "set", [], "Changes a field of the experiment, e.g. --set data.batch_size=512."
+  )
+  for field in dataclasses.fields(Options):
+    # As flags of the program that runs, so that --help shows them.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[field.name])
 
 
 def main(argv: list[str]):
   logging.set_verbosity(logging.WARNING)
-  for name in ("experiment", "topology", "mesh", "exchange", "sweep", "limit", "fit", "tokens",
-               "decode", "rows", "prompt", "table", "json", "hlo", "set"):  # fmt: skip
-    FLAGS.register_key_flag_for_module(argv[0], FLAGS[name])
+  values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Options)}
+  lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+  sys.exit(command(Options(**values | lists), argv[1:]))
+
+
+def command(options: Options, arguments: list[str] | tuple[str, ...] = ()) -> int:
+  """The exit status: 0, 1 (it does not fit), 2 (input), 130 (^C). A mistake is one line."""
   try:
-    status = run(argv[1:])
+    return run(options, arguments)
   except (ConfigError, aot.DoesNotFit) as error:
     print(f"error: {error}", file=sys.stderr)
-    status = 2
+    return 2
   except KeyboardInterrupt:
-    status = 130
-  sys.exit(status)
+    return 130
 
 
-def run(arguments: list[str]) -> int:
-  """The command after its flags were read: 0, or 1 if a step does not fit."""
-  if FLAGS.table:
-    return table(arguments)
+def run(options: Options, arguments) -> int:
+  if options.table:
+    return table(options, arguments)
   if arguments:
     raise ConfigError(f"unexpected {arguments[0]!r}; arguments go with --table only")
   for name in ("experiment", "topology"):
-    if not FLAGS[name].value:
+    if not getattr(options, name):
       raise ConfigError(f"--{name} is missing; see --help")
-  slice_ = slice_named(FLAGS.topology)
-  config = override(experiment_named(FLAGS.experiment), FLAGS.set)
+  slice_ = slice_named(options.topology)
+  config = override(experiment_named(options.experiment), options.set)
   aot.require_libtpu()
   aot.use_cpu()
-  if FLAGS.decode:
-    return plan_decode(config, slice_)
-  if FLAGS.sweep:
-    return plan_sweep(config, slice_)
-  config, why = arranged(config, slice_, FLAGS.mesh, FLAGS.exchange)
-  plan = make_plan(config, slice_, fit=FLAGS.fit)
-  write(FLAGS.hlo, plan.text)
-  print(report.text(plan, tokens=FLAGS.tokens, title=config.name))
+  if options.decode:
+    return plan_decode(options, config, slice_)
+  if options.sweep:
+    return plan_sweep(options, config, slice_)
+  config, why = arranged(config, slice_, options.mesh, options.exchange)
+  plan = make_plan(config, slice_, fit=options.fit)
+  print(report.text(plan, tokens=options.tokens, title=config.name))
   print("\n" + why)
-  write_json({"rule": why.splitlines(), **report.to_dict(plan, tokens=FLAGS.tokens)})
+  write(options.hlo, plan.text)
+  found = {"rule": why.splitlines(), **report.to_dict(plan, tokens=options.tokens)}
+  write(options.json, json.dumps(found, indent=1))
   return 0 if plan.memory.fits else 1
 
 
@@ -108,8 +138,8 @@ def make_plan(config: Experiment, slice_: Slice, *, fit: bool) -> Plan:
   return fit_microbatches(config, slice_, say)[1] if fit else plan_training(config, slice_)
 
 
-def plan_sweep(config: Experiment, slice_: Slice) -> int:
-  tried = sweep(config, slice_, limit=FLAGS.limit, fit=FLAGS.fit, report=say)
+def plan_sweep(options: Options, config: Experiment, slice_: Slice) -> int:
+  tried = sweep(config, slice_, limit=options.limit, fit=options.fit, report=say)
   rows = [
     report.row(config.name, each.plan, each.config.microbatches) for each in tried if each.plan
   ]
@@ -121,14 +151,18 @@ def plan_sweep(config: Experiment, slice_: Slice) -> int:
   fits = best.plan is not None and best.plan.memory.fits
   if fits:
     print(f"\nbest: {describe_mesh(best)}\n")
-    print(report.text(best.plan, tokens=FLAGS.tokens, title=config.name))
+    print(report.text(best.plan, tokens=options.tokens, title=config.name))
   else:
     print("\nnothing fits")
-  write_json([
-    {"mesh": describe_mesh(each), "refused": each.refused,
-     "plan": each.plan and report.to_dict(each.plan, tokens=FLAGS.tokens)}
+  found = [
+    {
+      "mesh": describe_mesh(each),
+      "refused": each.refused,
+      "plan": each.plan and report.to_dict(each.plan, tokens=options.tokens),
+    }
     for each in tried
-  ])  # fmt: skip
+  ]
+  write(options.json, json.dumps(found, indent=1))
   return 0 if fits else 1
 
 
@@ -139,45 +173,45 @@ def describe_mesh(tried: Tried) -> str:
   return f"--mesh {report.mesh_text(sizes)}{exchange}"
 
 
-def plan_decode(config: Experiment, slice_: Slice) -> int:
+def plan_decode(options: Options, config: Experiment, slice_: Slice) -> int:
   try:
-    rows = tuple(int(row) for row in FLAGS.rows)
+    rows = tuple(int(row) for row in options.rows)
   except ValueError:
-    raise ConfigError(f"--rows are whole numbers, e.g. 1,8; got {','.join(FLAGS.rows)}") from None
-  if FLAGS.mesh is None:
+    raise ConfigError(f"--rows are whole numbers, e.g. 1,8; got {','.join(options.rows)}") from None
+  if options.mesh is None:
     # Few tokens: weights stay where they are, as far as heads divide.
     heads = math.gcd(config.model.kv_heads, slice_.devices)
     mesh = {"data": 1, "tensor": heads, "expert": slice_.devices // heads}
   else:
-    mesh = mesh_sizes(FLAGS.mesh)
-  config = with_choice(config, FLAGS.exchange or "", mesh)
-  plans = decode.plan_decoding(config, slice_, batches=rows, prompt=FLAGS.prompt, report=say)
+    mesh = mesh_sizes(options.mesh)
+  config = with_choice(config, options.exchange or "", mesh)
+  plans = decode.plan_decoding(config, slice_, batches=rows, prompt=options.prompt, report=say)
   print(decode.text(plans, config))
-  write_json(decode.to_dict(plans))
+  write(options.json, json.dumps(decode.to_dict(plans), indent=1))
   return 0 if all(each.plan.memory.fits for each in plans) else 1
 
 
-def table(arguments: list[str]) -> int:
+def table(options: Options, arguments) -> int:
   if not arguments:
     raise ConfigError("--table needs arguments experiment@topology, e.g. "
                       "pretrain_llada_moe@v5p:4x4x4")  # fmt: skip
   pairs = []
   for argument in arguments:
-    name, _, topology = argument.partition("@")
-    config = override(experiment_named(name), FLAGS.set)
+    name, topology, *changes = [*argument.split("@"), ""][: max(2, argument.count("@") + 1)]
+    config = override(experiment_named(name), [*options.set, *changes])
     pairs.append((config, slice_named(topology)))
   aot.require_libtpu()
   aot.use_cpu()
   rows, plans = [], []
   for config, slice_ in pairs:
-    config, why = arranged(config, slice_, FLAGS.mesh, FLAGS.exchange)
+    config, why = arranged(config, slice_, options.mesh, options.exchange)
     say(f"compiling {config.name} for {slice_.name} ...")
     config, plan = fit_microbatches(config, slice_, say)
     rows.append(report.row(config.name, plan, config.microbatches))
-    say(report.text(plan, tokens=FLAGS.tokens, title=config.name) + "\n\n" + why + "\n")
-    plans.append(report.to_dict(plan, tokens=FLAGS.tokens))
+    say(report.text(plan, tokens=options.tokens, title=config.name) + "\n\n" + why + "\n")
+    plans.append(report.to_dict(plan, tokens=options.tokens))
   print(report.markdown(rows))
-  write_json(plans)
+  write(options.json, json.dumps(plans, indent=1))
   return 0
 
 
@@ -256,10 +290,6 @@ def say(text: str):
   print(text, file=sys.stderr, flush=True)
 
 
-def write_json(value):
-  write(FLAGS.json, json.dumps(value, indent=1) + "\n")
-
-
 def write(path: str | None, text: str):
   if not path:
     return
@@ -271,4 +301,5 @@ def write(path: str | None, text: str):
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

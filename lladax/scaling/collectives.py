@@ -14,6 +14,9 @@ from lladax.scaling.loops import Visit
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all",
          "collective-permute", "collective-broadcast")  # fmt: skip
+# Libtpu overlaps a collective with kernels by cutting it up among them. Each of them then holds the
+# whole instruction; the first is told from the others by this flag, which is -1 there.
+LATER_PART = re.compile(r'"flag_start":"\d+"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,21 +95,13 @@ class Collective:
 
 
 def find_collectives(visits: list[Visit], layout: Layout, slice_: Slice) -> list[Collective]:
-  """Every collective that moves something. One that was cut into fused parts counts once."""
-  found, seen = [], set()
+  """Every collective that moves something; one that is cut up among kernels counts once."""
+  found = []
   for visit in visits:
     for instruction in visit.computation.instructions.values():
       kind = instruction.opcode.removesuffix("-start")
-      if kind not in KINDS:
-        continue
-      # The parts of one that was cut up are fused with what they overlap, and share its channel.
-      channel = instruction.attribute("channel_id") if visit.fused else None
-      part = channel or f"{visit.computation.name}/{instruction.name}"
-      key = (visit.loop, kind, part)
-      if key in seen:
-        continue
-      seen.add(key)
-      found.append(_collective(kind, visit, instruction, layout, slice_))
+      if kind in KINDS and not LATER_PART.search(instruction.attributes):
+        found.append(_collective(kind, visit, instruction, layout, slice_))
   return [collective for collective in found if collective and collective.bytes]
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping
 
 from lladax.scaling.hlo import HBM, Computation, Instruction, Module, Shape
 from lladax.scaling.loops import Visit
@@ -30,28 +31,52 @@ class Cost:
     hbm_bytes: read and written, tiles' padding left out. An upper bound where a fused kernel reads
       only a part of an operand in a way that is not a slice.
     flops_by_scope: by the name that JAX gave the product.
+    bytes_by_scope: likewise of HBM traffic.
     unknown_calls: custom calls without a cost estimate -> how often they run; they count 0 FLOPs.
   """
 
   flops: float
   hbm_bytes: float
   flops_by_scope: dict[str, float]
+  bytes_by_scope: dict[str, float]
   unknown_calls: dict[str, float]
 
 
-def program_cost(module: Module, visits: list[Visit]) -> Cost:
-  flops, by_scope, moved, unknown = 0.0, Counter(), 0.0, Counter()
+# A scope's name -> (shapes of a kernel's operands) -> the share of its stated cost that is expected.
+# Kernels state the most that they may do; how much is live is data.
+Live = Mapping[str, Callable[[list[Shape]], float]]
+
+
+def program_cost(module: Module, visits: list[Visit], live: Live | None = None) -> Cost:
+  flops, traffic, unknown = Counter(), Counter(), Counter()
   for visit in visits:
     for instruction in visit.computation.instructions.values():
       count = instruction_flops(visit.computation, instruction)
+      times = visit.times * _share(visit.computation, instruction, live or {})
       if count is None:
         unknown[re.sub(r"[.\d]+$", "", instruction.name)] += visit.times
       elif count:
-        flops += visit.times * count
-        by_scope[instruction.op_name] += visit.times * count
+        flops[instruction.op_name] += times * count
       if not visit.fused:
-        moved += visit.times * instruction_bytes(module, visit.computation, instruction)
-  return Cost(flops, moved, dict(by_scope.most_common()), dict(unknown))
+        moved = instruction_bytes(module, visit.computation, instruction)
+        if moved:
+          traffic[instruction.op_name] += times * moved
+  return Cost(
+    flops=sum(flops.values()),
+    hbm_bytes=sum(traffic.values()),
+    flops_by_scope=dict(flops.most_common()),
+    bytes_by_scope=dict(traffic.most_common()),
+    unknown_calls=dict(unknown),
+  )
+
+
+def _share(computation: Computation, instruction: Instruction, live: Live) -> float:
+  if instruction.opcode != "custom-call":
+    return 1.0
+  for scope, share in live.items():
+    if scope in instruction.op_name:
+      return share(_shapes(computation, instruction))
+  return 1.0
 
 
 # --- FLOPs ---

@@ -81,7 +81,7 @@ def plan_decoding(
 
 def _plan(config, model, slice_, devices, batch, length, width) -> Plan:
   program = steps.lower_forward(
-    model, config.mesh, devices, batch=batch, length=length, width=width
+    model, config.mesh, slice_, devices, batch=batch, length=length, width=width
   )
   parameters = shard_bytes(program.params)
   useful = flops.token_flops(model, length, supervised=width / length).total * batch * length

@@ -58,7 +58,8 @@ def least_traffic(
 
 def _weight(model, name, leaf, sizes, tokens, microbatches):
   split = _axes_of(leaf.sharding.spec, sizes)
-  stays = {"tensor"}
+  # The head's rows are split over the tensor axis, too: its weights are gathered over all axes.
+  stays = set() if "lm_head" in name else {"tensor"}
   if name.rpartition("/")[2] in EXPERTS and "moe" in name and not _gathers_experts(model):
     stays.add("expert")
   gathered = tuple(axis for axis in split if axis not in stays)

@@ -83,22 +83,28 @@ class Situation:
   microbatches: int
   remat: str
 
+  @property
+  def moving(self) -> float:
+    """Bytes of activations: in proportion to the tokens that are computed at a time."""
+    return max(self.memory.temporaries - self.fixed, 0.0)
+
+  def needed_in_parts(self, parts: int) -> float:
+    """Bytes with so many times the microbatches, which keep a sum of gradients besides."""
+    more = self.memory.parameters if self.microbatches == 1 else 0.0
+    return self.memory.needed - self.moving + self.moving / parts + more
+
 
 def remedies(at: Situation) -> list[Remedy]:
   """Changes that would make the step fit, or that help; the gentlest first."""
   memory, found = at.memory, []
-  moving = max(memory.temporaries - at.fixed, 0.0)  # activations: in proportion to the tokens
+  parts_of_rows = [parts for parts in (2, 4, 8, 16, 32) if at.rows % parts == 0]
   if at.remat != "full" and at.saved > at.saved_least:
     less = memory.needed - at.saved + at.saved_least
     found.append(Remedy("--set model.remat=full (recompute every layer)", max(less, 0)))
-  rows = int(at.rows)
-  for parts in (factor for factor in (2, 4, 8, 16) if rows % factor == 0):
-    needed = memory.needed - moving + moving / parts
-    if at.microbatches == 1:
-      needed += _gradient_sum(at)
+  for parts in parts_of_rows:
     change = f"--set microbatches={at.microbatches * parts} (fewer tokens at a time, same step)"
-    found.append(Remedy(change, needed))
-    if needed <= memory.available:
+    found.append(Remedy(change, at.needed_in_parts(parts)))
+    if found[-1].needed <= memory.available:
       break
   data = at.mesh_sizes.get("data", 1)
   if data > 1:
@@ -108,22 +114,17 @@ def remedies(at: Situation) -> list[Remedy]:
     found.append(Remedy(f"--mesh {text} (no copies of parameters and optimizer)", needed))
   for larger in larger_slices(at.slice_):
     ratio = at.slice_.devices / larger.devices
-    needed = memory.needed - (memory.state + at.fixed / 2 + moving) * (1 - ratio)
+    needed = memory.needed - (memory.state + at.fixed / 2 + at.moving) * (1 - ratio)
     found.append(Remedy(f"--topology={larger.name} with the same batch", needed))
     if needed <= memory.available:
       break
-  for parts in (factor for factor in (2, 4, 8, 16) if rows % factor == 0):
-    needed = memory.needed - moving + moving / parts
+  for parts in parts_of_rows:
+    needed = memory.needed - at.moving + at.moving / parts
     size = at.batch_size // parts
     found.append(Remedy(f"--set data.batch_size={size} (a smaller step)", needed))
     if needed <= memory.available:
       break
   return found
-
-
-def _gradient_sum(at: Situation) -> float:
-  """Microbatches keep a sum of gradients besides the gradient of each."""
-  return at.memory.parameters
 
 
 def describe_remedies(at: Situation) -> list[str]:

@@ -65,7 +65,7 @@ def plan_training(config: Experiment, slice_: Slice) -> Plan:
   """
   devices = aot.devices(slice_)
   started = time.monotonic()
-  program = steps.lower_train_step(config, devices)
+  program = steps.lower_train_step(config, slice_, devices)
   lowered = time.monotonic()
   parameters, optimizer = shard_bytes(program.params), shard_bytes(program.optimizer)
   shared = {
@@ -116,7 +116,7 @@ def read_costs(plan: Plan, text: str, program: steps.Lowered) -> Plan:
   """The plan with FLOPs, traffic and time of the program's text."""
   module = hlo.parse(text)
   visited, unknown = visits(module, program.expected)
-  cost = program_cost(module, visited)
+  cost = program_cost(module, visited, program.live)
   collectives = find_collectives(visited, Layout.of(program.mesh), plan.slice_)
   return dataclasses.replace(
     plan,
@@ -196,17 +196,20 @@ def exchange_name(config: Experiment) -> str:
 def fit_microbatches(config: Experiment, slice_: Slice, report=lambda text: None) -> tuple:
   """(config, plan) with the fewest microbatches, in powers of two, at which the step fits.
 
-  If it never fits, those of the last attempt.
+  If it never fits, those of the last attempt. Attempts that an estimate from the last one rules out
+  are not compiled.
   """
   while True:
     plan = plan_training(config, slice_)
-    doubled = config.microbatches * 2
-    if plan.memory.fits or config.data.batch_size % doubled:
+    if plan.memory.fits:
       return config, plan
+    parts = 2
+    while plan.situation.needed_in_parts(parts) > plan.memory.available and parts < 64:
+      parts *= 2
     try:
-      candidate = dataclasses.replace(config, microbatches=doubled)
-      steps.check_divides(candidate, steps.mesh_of(config.mesh, aot.devices(slice_)))
+      candidate = dataclasses.replace(config, microbatches=config.microbatches * parts)
+      steps.check_divides(candidate, steps.mesh_of(config.mesh, slice_, aot.devices(slice_)))
     except (ConfigError, ValueError):
       return config, plan
-    report(f"{config.microbatches} microbatches do not fit; trying {doubled}")
+    report(f"{config.microbatches} microbatches do not fit; trying {candidate.microbatches}")
     config = candidate

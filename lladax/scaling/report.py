@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import re
 from collections import defaultdict
 
 from lladax.scaling.chips import GIB
@@ -15,7 +16,7 @@ from lladax.scaling.roofline import days
 ASSUMPTIONS = (
   "Time is arithmetic, not a measurement: peaks of compute, HBM and links as published "
   "(links as measured by others); the first bound overlaps all three perfectly, the second nothing. "
-  "Kernels below their peak make a real step slower."
+  "Kernels below their peak make a real step slower. Routers are taken to be in balance."
 )
 
 
@@ -43,32 +44,58 @@ def _head(plan: Plan, title: str) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
   memory = plan.memory
-  lines = ["Memory per device, GiB"]
+  scale, unit = _bytes_unit(memory.needed)
+  lines = [f"Memory per device, {unit}"]
   for name in ("parameters", "optimizer", "batch", "temporaries", "code"):
-    lines.append(f"  {name:12} {getattr(memory, name) / GIB:8.2f}")
+    lines.append(f"  {name:12} {getattr(memory, name) / scale:8.2f}")
   share = memory.needed / memory.available
-  lines.append(f"  {'needed':12} {memory.needed / GIB:8.2f} of {memory.available / GIB:.2f} "
-               f"({share:.0%}); at most {memory.peak / GIB:.2f} alive at a time")  # fmt: skip
+  lines.append(
+    f"  {'needed':12} {memory.needed / scale:8.2f} of {memory.available / scale:.2f} ({share:.0%}); "
+    f"at most {memory.peak / scale:.2f} alive at a time"
+  )
   if not memory.fits and plan.situation is not None:
     lines += describe_remedies(plan.situation)
   return lines
 
 
+def _bytes_unit(size: float) -> tuple[float, str]:
+  return (GIB, "GiB") if size > 0.1 * GIB else (1 << 20, "MiB")
+
+
+def _flops_unit(count: float) -> tuple[float, str]:
+  return (1e12, "TFLOP") if count > 0.1e12 else (1e9, "GFLOP")
+
+
 def _flops(plan: Plan) -> list[str]:
   compiled, useful = plan.cost.flops, plan.useful_flops
+  scale, unit = _flops_unit(useful)
   lines = [
-    "Matrix products per device and step, TFLOP",
-    f"  useful       {useful / 1e12:8.3f}  (forward and backward; the head on supervised tokens)",
-    f"  compiled     {compiled / 1e12:8.3f}  ({compiled / useful:.2f} times the useful ones; "
-    f"{recomputed(plan) / 1e12:.3f} in recomputation)",
-    f"  HBM traffic  {plan.cost.hbm_bytes / GIB:8.2f} GiB",
+    f"Matrix products per device and step, {unit}",
+    f"  useful       {useful / scale:8.3f}  (forward and backward; the head on supervised tokens)",
+    f"  compiled     {compiled / scale:8.3f}  ({compiled / useful:.2f} times the useful ones; "
+    f"{recomputed(plan) / scale:.3f} in recomputation)",
   ]
   if plan.cost.unknown_calls:
     calls = ", ".join(f"{name} x {n:.0f}" for name, n in plan.cost.unknown_calls.items())
     lines.append(f"  not counted, kernels that state no cost: {calls}")
   for loop in plan.unknown_loops:
-    lines.append(f"  counted once, a loop whose count is data: {loop.op_name or loop.name}")
+    lines.append(f"  counted once, a loop whose count is data: {short(loop.op_name) or loop.name}")
+  scale, unit = _bytes_unit(plan.cost.hbm_bytes)
+  total = plan.cost.hbm_bytes / scale
+  lines.append(f"HBM traffic per device and step: {total:.2f} {unit}, most of it in")
+  for name, size in list(plan.cost.bytes_by_scope.items())[:6]:
+    lines.append(f"  {size / scale:9.2f}  {short(name)}")
   return lines
+
+
+# Parts of JAX's names that say nothing about the model.
+NOISE = re.compile(r"(jit\(train_step\)|while|body|eval_jaxpr|shard_map|cond|branch_\d+_fun|closed_call)"
+                   r"(/|$)")  # fmt: skip
+
+
+def short(op_name: str) -> str:
+  """JAX's name of an operation without what loops and maps add to it."""
+  return NOISE.sub("", op_name).replace("Transformer.", "")[-90:] or "(the compiler's own)"
 
 
 def recomputed(plan: Plan) -> float:
@@ -80,25 +107,31 @@ def recomputed(plan: Plan) -> float:
 def _collectives(plan: Plan) -> list[str]:
   moved = sum(c.total_bytes for c in plan.collectives)
   least = sum(need.bytes for need in plan.least)
+  scale, unit = _bytes_unit(moved)
   lines = [
     "Collectives per device and step",
-    f"  {'kind':20} {'axes':18} {'runs':>6} {'GiB':>9} {'ms':>8}",
+    f"  {'kind':20} {'axes':18} {'runs':>6} {unit:>9} {'ms':>8}",
   ]
   for (kind, axes), (runs, size, seconds) in grouped(plan.collectives).items():
-    lines.append(f"  {kind:20} {'+'.join(axes):18} {runs:6.0f} {size / GIB:9.3f} "
-                 f"{seconds * 1e3:8.2f}")  # fmt: skip
+    lines.append(
+      f"  {kind:20} {'+'.join(axes):18} {runs:6.0f} {size / scale:9.3f} {seconds * 1e3:8.2f}"
+    )
   if plan.least:
     ratio = moved / least if least else float("inf")
-    lines.append(f"  received {moved / GIB:.3f} GiB; the least for this mesh is {least / GIB:.3f} "
-                 f"({ratio:.2f} times)")  # fmt: skip
+    lines.append(
+      f"  received {moved / scale:.3f} {unit}; the least for this mesh is {least / scale:.3f} "
+      f"({ratio:.2f} times):"
+    )
     for need in sorted(plan.least, key=lambda need: -need.bytes):
       if need.bytes > 0.005 * least:
-        lines.append(f"    {need.purpose:24} {need.kind:15} {'+'.join(need.axes):18} "
-                     f"{need.bytes / GIB:9.3f}")  # fmt: skip
+        lines.append(
+          f"    {need.purpose:24} {need.kind:18} {'+'.join(need.axes):18} {need.bytes / scale:9.3f}"
+        )
   for collective in plan.whole_slice:
-    lines.append(f"  whole-slice all-reduce where a gather or scatter was meant: "
-                 f"{collective.size / GIB:.3f} GiB x {collective.times:.0f}, "
-                 f"{collective.op_name}")  # fmt: skip
+    lines.append(
+      "  whole-slice all-reduce where a gather or scatter was meant: "
+      f"{collective.size / scale:.3f} {unit} x {collective.times:.0f}, {short(collective.op_name)}"
+    )
   return lines
 
 
@@ -158,6 +191,7 @@ def to_dict(plan: Plan, *, tokens: float | None = None) -> dict:
     "compiled_flops": plan.cost.flops,
     "flops_by_scope": plan.cost.flops_by_scope,
     "hbm_bytes": plan.cost.hbm_bytes,
+    "hbm_bytes_by_scope": plan.cost.bytes_by_scope,
     "kernels_without_cost": plan.cost.unknown_calls,
     "loops_counted_once": [dataclasses.asdict(loop) for loop in plan.unknown_loops],
     "collectives": [dataclasses.asdict(c) for c in plan.collectives],

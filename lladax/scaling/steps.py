@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,9 @@ from lladax.experiment import Experiment, train_step
 from lladax.infer.denoiser import draw_tokens, remove_ids, token_probability
 from lladax.models import Denoiser, ModelConfig, init_variables
 from lladax.scaling import flops
-from lladax.scaling.hlo import Computation, Module
+from lladax.scaling.chips import Slice
+from lladax.scaling.hlo import Computation, Module, Shape
+from lladax.scaling.mesh_rule import two_axes
 from lladax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings, use_mesh
 from lladax.train import abstract_state, make_optimizer, state_shardings
 from lladax.types import Batch
@@ -32,6 +36,7 @@ class Lowered:
     params: abstract parameters with shardings.
     optimizer: abstract state of the optimizer, and counters; None for decoding.
     expected: how often loops run whose count is data, for `loops.visits`.
+    live: the share of their stated cost that kernels are expected to do, for `cost.program_cost`.
     tokens: per device, all microbatches together.
   """
 
@@ -40,6 +45,7 @@ class Lowered:
   params: object
   optimizer: object
   expected: dict[str, Callable[[Module, Computation], float]]
+  live: dict[str, Callable[[list[Shape]], float]]
   tokens: float
 
   @property
@@ -47,16 +53,23 @@ class Lowered:
     return dict(self.mesh.shape)
 
 
-def mesh_of(config: MeshConfig, devices: list) -> jax.sharding.Mesh:
+def mesh_of(config: MeshConfig, slice_: Slice, devices: list) -> jax.sharding.Mesh:
   """The mesh on described devices.
 
   Raises:
-    ConfigError: if it does not fit.
+    ConfigError: if it does not fit, with what fits.
   """
   try:
     return make_mesh(config, devices=devices)
   except (ValueError, NotImplementedError) as error:
-    raise ConfigError(" ".join(str(error).split())) from error
+    text = " ".join(str(error).split())
+    if math.prod(config.sizes) != slice_.devices and -1 not in config.sizes:
+      fitting = "; ".join(f"fsdp={fsdp},expert={expert}" for fsdp, expert in two_axes(slice_))
+      text = (
+        f"a mesh of {math.prod(config.sizes)} devices, and {slice_.name} has {slice_.devices}; "
+      )
+      text += f"of two axes these fit: {fitting}"
+    raise ConfigError(text) from error
 
 
 def supervised_share(config: Experiment) -> float:
@@ -65,13 +78,13 @@ def supervised_share(config: Experiment) -> float:
   return float(np.mean(1 - np.asarray(config.objective.schedule.alpha(times), np.float64)))
 
 
-def lower_train_step(config: Experiment, devices: list) -> Lowered:
+def lower_train_step(config: Experiment, slice_: Slice, devices: list) -> Lowered:
   """The train step of `lladax.experiment`, on abstract state and an abstract batch.
 
   Raises:
     ConfigError: if mesh, batch or model do not divide among the devices.
   """
-  mesh = mesh_of(config.mesh, devices)
+  mesh = mesh_of(config.mesh, slice_, devices)
   check_divides(config, mesh)
   optimizer = make_optimizer(config.optimizer, config.steps)
 
@@ -91,33 +104,50 @@ def lower_train_step(config: Experiment, devices: list) -> Lowered:
   with use_mesh(mesh), op.target(devices[0].device_kind), _one_line():
     lowered = train_step(config, state_shardings(state)).lower(state, batch)
   tokens = math.prod(shape) / len(devices) * mesh.shape.get("tensor", 1)
-  rows = tokens / config.microbatches * supervised_share(config)
+  rows = tokens / config.microbatches / mesh.shape.get("tensor", 1) * supervised_share(config)
   return Lowered(
     lowered=lowered,
     mesh=mesh,
     params=state.params,
     optimizer=dataclasses.replace(state, params=None),
-    expected={"cross_entropy_blocks": _head_blocks(config.model, mesh, rows)},
+    expected={"cross_entropy_blocks": _head_blocks(config.model, rows)},
+    live={
+      "cross_entropy_blocks": lambda shapes: supervised_share(config),
+      "layers/moe": _live_slots(config.model, tokens / config.microbatches),
+    },
     tokens=tokens,
   )
 
 
-def _head_blocks(model: ModelConfig, mesh, rows: float):
-  """How often the head's loop runs: the supervised rows in blocks of those that it multiplies."""
-  vocabulary = model.vocab_size // mesh.shape.get("tensor", 1)
+def _head_blocks(model: ModelConfig, rows: float):
+  """How often the head's loop runs: a device's supervised rows in blocks of those it multiplies."""
 
   def count(module: Module, body: Computation) -> float:
     blocks = [
-      shape.size / vocabulary
+      shape.size / model.vocab_size
       for name in _reached(module, body)
       for instruction in module.computations[name].instructions.values()
       if instruction.opcode in ("dot", "convolution")
       for shape in instruction.shapes
-      if vocabulary in shape.dims and model.hidden_size not in shape.dims
+      if model.vocab_size in shape.dims and model.hidden_size not in shape.dims
     ]
     return math.ceil(rows / max(blocks)) if blocks else 1
 
   return count
+
+
+def _live_slots(model: ModelConfig, tokens: float):
+  """Of the rows of an exchange's buffer those that hold a token, were the experts in balance.
+
+  A buffer for the worst case has more: all tokens may want the experts of one device.
+  """
+
+  def share(shapes: list[Shape]) -> float:
+    rows = max((shape.dims[0] for shape in shapes if len(shape.dims) > 1), default=0)
+    slots = tokens * model.moe.num_experts_per_tok
+    return min(1.0, slots / rows) if rows > model.moe.num_experts else 1.0
+
+  return share
 
 
 def _reached(module: Module, computation: Computation) -> set[str]:
@@ -143,9 +173,6 @@ def check_divides(config: Experiment, mesh: jax.sharding.Mesh):
   checks = [
     (rows, shards, "rows of a microbatch (data.batch_size / microbatches)", "data x fsdp x expert"),
     (config.data.length, sizes.get("context", 1), "data.length", "context"),
-    (model.num_attention_heads, sizes.get("tensor", 1), "model.num_attention_heads", "tensor"),
-    (model.kv_heads, sizes.get("tensor", 1), "model.num_key_value_heads", "tensor"),
-    (model.hidden_size, sizes.get("fsdp", 1), "model.hidden_size", "fsdp"),
   ]
   if model.moe is not None and type(model.moe.exchange).__name__ != "Fsdp":
     checks.append(
@@ -160,26 +187,29 @@ def check_divides(config: Experiment, mesh: jax.sharding.Mesh):
       )
 
 
+@contextlib.contextmanager
 def _one_line():
-  return _Lowering()
-
-
-class _Lowering:
-  """What is wrong with a config while it is traced, as a `ConfigError`."""
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, _):
-    if isinstance(error, ValueError | NotImplementedError) and not isinstance(error, ConfigError):
-      raise ConfigError(" ".join(str(error).split())[:500]) from error
+  """What is wrong with a config and found while it is traced, as a `ConfigError`."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except (ValueError, NotImplementedError) as error:
+    raise ConfigError(" ".join(str(error).split())[:500]) from error
 
 
 # --- Decoding ---
 
 
 def lower_forward(
-  model: ModelConfig, mesh_config: MeshConfig, devices: list, *, batch: int, length: int, width: int
+  model: ModelConfig,
+  mesh_config: MeshConfig,
+  slice_: Slice,
+  devices: list,
+  *,
+  batch: int,
+  length: int,
+  width: int,
 ) -> Lowered:
   """One iteration of decoding without a cache: the whole row through the network, `width` tokens
   drawn from their logits with their probabilities.
@@ -187,14 +217,12 @@ def lower_forward(
   Prefill is `length` = the prompt and what is to be written; a step with cached keys and values
   computes `length` = `width` = one block.
   """
-  mesh = mesh_of(mesh_config, devices)
+  mesh = mesh_of(mesh_config, slice_, devices)
   boxed = jax.eval_shape(lambda key: init_variables(model, key)["params"], jax.random.key(0))
-  shardings = param_shardings(mesh, boxed)
-  plain = jax.tree.map(lambda leaf: leaf, jax.eval_shape(lambda tree: tree, _unbox(boxed)))
   params = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    plain,
-    shardings,
+    nn.meta.unbox(boxed),
+    param_shardings(mesh, boxed),
   )
   sharding = batch_sharding(mesh)
   shards = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp", "expert"))
@@ -212,14 +240,14 @@ def lower_forward(
   with use_mesh(mesh), op.target(devices[0].device_kind), _one_line():
     lowered = jax.jit(step).lower(params, ids, ids, ids)
   return Lowered(
-    lowered=lowered, mesh=mesh, params=params, optimizer=None, expected={}, tokens=batch * length
+    lowered=lowered,
+    mesh=mesh,
+    params=params,
+    optimizer=None,
+    expected={},
+    live={},
+    tokens=batch * length,
   )
-
-
-def _unbox(tree):
-  import flax.linen as nn
-
-  return nn.meta.unbox(tree)
 
 
 def useful_train_flops(config: Experiment, devices: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -48,10 +49,18 @@ def with_choice(config: Experiment, exchange: str, mesh: dict[str, int]) -> Expe
 
 def exchange_named(name: str):
   """The exchange of a name: "Ring" is `Ring()`."""
-  known = {cls.__name__: cls for cls in moe.Exchange.__subclasses__()}
+  known = exchanges()
   if name not in known:
     raise ConfigError(f"there is no exchange {name!r}; one of {', '.join(sorted(known))}")
   return known[name]()
+
+
+def exchanges(parent: type = moe.Exchange) -> dict[str, type]:
+  """Every exchange by its name."""
+  found = {} if inspect.isabstract(parent) else {parent.__name__: parent}
+  for child in parent.__subclasses__():
+    found |= exchanges(child)
+  return found
 
 
 def sweep(

@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
@@ -26,7 +25,7 @@ from lladax.data import Data, DataConfig, Tokenizer, load_data
 from lladax.diffusion import Objective, masked_nll
 from lladax.infer import SamplerConfig
 from lladax.models import ModelConfig, bind_token_nll, init_variables
-from lladax.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
+from lladax.sharding import BATCH_AXES, MeshConfig, make_mesh, use_mesh
 from lladax.train import (
   CheckpointError,
   Checkpoints,
@@ -41,8 +40,10 @@ from lladax.train import (
   learning_rate,
   make_optimizer,
   make_train_step,
+  router_metrics,
   state_shardings,
   stop_on_nonfinite,
+  warn_of_drops,
   write_run_record,
 )
 from lladax.train.checkpoint import require_same_config
@@ -205,7 +206,7 @@ def train(run: Run, hooks: Sequence[Hook] = ()) -> TrainState:
     map(lambda batch: place(batch, run.mesh), run.batches),
     train_step(config, state_shardings(run.state)),
     steps=config.steps,
-    readers=[run.metrics, stop_on_nonfinite(config.max_nonfinite, run.checkpoints)],
+    readers=[run.metrics, warn_of_drops, stop_on_nonfinite(config.max_nonfinite, run.checkpoints)],
     hooks=[*hooks, save],
   )
 
@@ -245,10 +246,10 @@ def _loss(config: Experiment, params, examples, share: float):
   token_nll = bind_token_nll(config.model, params, batch.positions, batch.segment_ids)
   objective = config.objective
   loss, sums, stats = masked_nll(token_nll, batch, noised, objective=objective, share=share)
-  router = {} if stats is None else {"expert_load": stats.load, "router_entropy": stats.entropy}
-  weighted = {name: jax.lax.stop_gradient(share * value) for name, value in router.items()}
-  counts = dict.fromkeys(weighted, jnp.float32(share))
-  return loss, Sums(sums.sums | weighted, sums.counts | counts)
+  if stats is None:
+    return loss, sums
+  router = router_metrics(stats, share, may_drop=config.model.moe.exchange.may_drop)
+  return loss, Sums(sums.sums | router.sums, sums.counts | router.counts)
 
 
 # --- Opening ---
@@ -295,7 +296,7 @@ def _check_workdir(config: Experiment, workdir: pathlib.Path):
 
 
 def _check_rows(config: Experiment, mesh: jax.sharding.Mesh):
-  shards = math.prod(mesh.shape[axis] for axis in batch_sharding(mesh).spec[0])
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   rows = config.data.batch_size // config.microbatches
   if rows % shards:
     raise ConfigError(

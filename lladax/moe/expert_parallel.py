@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from kernels_pallas.expert_ffn import combine, dispatch, expert_ffn
+from kernels_pallas.expert_ffn import expert_ffn
 from kernels_pallas.op import vary_like
+from kernels_pallas.permute import combine, dispatch
 from lladax.moe.dispatch import Plan, make_plan
 from lladax.moe.route import AXIS, exchange_rows, first_expert, make_route
 from lladax.sharding import axes_of, gather, total
@@ -75,6 +76,11 @@ class Exchange(abc.ABC):
   @abc.abstractmethod
   def axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Logical names of the axes of gate_up [E, D, 2F] and down [E, F, D]."""
+
+  @property
+  def may_drop(self) -> bool:
+    """Whether slots can stay uncomputed, and are to be counted."""
+    return False
 
   def check(self, experts: Experts):  # noqa: B027
     """Refuses a mesh that the experts do not fit; nothing by default.
@@ -149,6 +155,10 @@ class _InPlace(Exchange):
   @property
   def axes(self):
     return ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
+
+  @property
+  def may_drop(self):
+    return self.buffer_factor is not None and self.on_overflow == "drop"
 
   def check(self, experts: Experts):
     mesh = jax.sharding.get_abstract_mesh()
@@ -270,13 +280,11 @@ class Ragged(_InPlace):
 def _there_and_back(x, weights, gate_up, down, route, implementation, there, back):
   """Rows to their experts, one weight each of 1, and the weighted sums at home."""
   send = route.plan
-  x, weights = vary_like((x, weights), x, weights, send.order)
   rows = there(dispatch(x, send.order, send.inverse, weights.shape[1]))
   plan = make_plan(route.experts[:, None], down.shape[0])
   ones = jnp.ones((rows.shape[0], 1), jnp.float32)
   rows = back(_compute(rows, ones, gate_up, down, plan, implementation))
-  rows, weights = vary_like((rows, weights), rows, weights)
-  return combine(rows, weights, send.order, send.inverse).astype(x.dtype)
+  return combine(rows, weights, send.order, send.inverse)
 
 
 def _own_experts(x, weights, experts, gate_up, down, split, implementation):

@@ -2,8 +2,16 @@
 
 from lladax.train.checkpoint import CheckpointError, Checkpoints, load_params
 from lladax.train.heldout import heldout_bound
-from lladax.train.loop import NonFiniteError, Stopped, every, fit, place, stop_on_nonfinite
-from lladax.train.metrics import Metrics, read_records, write_run_record
+from lladax.train.loop import (
+  NonFiniteError,
+  Stopped,
+  every,
+  fit,
+  place,
+  stop_on_nonfinite,
+  warn_of_drops,
+)
+from lladax.train.metrics import Metrics, read_records, router_metrics, write_run_record
 from lladax.train.optimizer import (
   Constant,
   CosineDecay,
@@ -39,7 +47,9 @@ __all__ = [
   "make_train_step",
   "place",
   "read_records",
+  "router_metrics",
   "state_shardings",
   "stop_on_nonfinite",
+  "warn_of_drops",
   "write_run_record",
 ]

@@ -138,6 +138,19 @@ def stop_on_nonfinite(limit: int, checkpoints: Checkpoints | None = None) -> Rea
   return read
 
 
+def warn_of_drops(step: int, metrics: Sums, seconds: float | None):
+  """A reader that says so when an exchange dropped slots for which its buffers had no room."""
+  del seconds
+  dropped = float(metrics.sums.get("dropped_slots", 0))
+  if dropped:
+    logging.warning(
+      "step %d: %d slots found no room and were not computed; a larger buffer_factor, or "
+      "on_overflow='gather', computes them",
+      step,
+      dropped,
+    )
+
+
 class _Lag:
   """Holds back the metrics of the latest step until the next one was dispatched."""
 

@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -148,6 +149,20 @@ class Metrics:
       for key in ("sums", "counts")
     )
     self._seconds, self._timed_steps = 0.0, 0
+
+
+def router_metrics(stats, share: float, *, may_drop: bool) -> Sums:
+  """What is recorded of the routers: load and entropy by layer, and dropped slots.
+
+  Args:
+    stats: `RouterStats` of some rows of a batch, stacked over layers.
+    share: these rows' part of the batch.
+    may_drop: whether the exchange can drop slots; their number in the step is then recorded.
+  """
+  sums = {"expert_load": share * stats.load, "router_entropy": share * stats.entropy}
+  if may_drop:
+    sums["dropped_slots"] = stats.dropped.sum()
+  return Sums(jax.lax.stop_gradient(sums), dict.fromkeys(sums, jnp.float32(share)))
 
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:

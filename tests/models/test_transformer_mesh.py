@@ -11,7 +11,6 @@ from lladax.moe import MoEConfig
 from lladax.sharding import (
   MeshConfig,
   batch_sharding,
-  checked,
   make_mesh,
   param_shardings,
   use_mesh,

@@ -13,18 +13,16 @@ import math
 import os
 import pathlib
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 
 from lladax.config import ConfigError, fields_help, override, to_json
-from lladax.data import Data, DataConfig, Tokenizer, load_data
+from lladax.data import Data, DataConfig, Fingerprint, Tokenizer, load_data
 from lladax.diffusion import Objective, masked_nll
 from lladax.infer import SamplerConfig
-from lladax.models import ModelConfig, bind_token_nll, init_variables
+from lladax.models import ModelConfig, abstract_params, bind_token_nll, init_variables
 from lladax.sharding import BATCH_AXES, MeshConfig, make_mesh, use_mesh
 from lladax.train import (
   CheckpointError,
@@ -164,7 +162,7 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
     data = load_data(config.data, vocab_size=config.model.vocab_size)
     config = with_special_ids(config, data.tokenizer)
     mesh = make_mesh(config.mesh)
-    _check_rows(config, mesh)
+    _check_mesh(config, mesh)
   _write_config(config, workdir)
   write_run_record(workdir)
   batches = data.train_iterator()
@@ -177,7 +175,7 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
     Checkpoints(
       workdir / "checkpoints",
       config=config,
-      iterators={"data": batches, "metrics": metrics, "corpus": _Corpus(data)},
+      iterators={"data": batches, "metrics": metrics, "corpus": Fingerprint(data)},
       files={"tokenizer": data.tokenizer.save},
       keep=config.keep,
       keep_every=config.keep_every,
@@ -261,27 +259,6 @@ def with_special_ids(config: Experiment, tokenizer: Tokenizer) -> Experiment:
   return dataclasses.replace(config, model=dataclasses.replace(config.model, **ids))
 
 
-class _Corpus:
-  """The text's fingerprint as saved state, so that a run does not go on with other text."""
-
-  def __init__(self, data: Data):
-    self._state = {
-      "train_tokens": data.train_rows.num_tokens,
-      "heldout_tokens": data.heldout_rows.num_tokens,
-      "crc32": zlib.crc32(np.ascontiguousarray(data.train_rows.tokens)),
-    }
-
-  def get_state(self) -> dict[str, int]:
-    return self._state
-
-  def set_state(self, state: dict[str, int]):
-    if state != self._state:
-      raise ConfigError(
-        f"the text or its tokenizer changed since the checkpoint was saved ({state} then, "
-        f"{self._state} now); put the files back, or choose another workdir"
-      )
-
-
 def _check_workdir(config: Experiment, workdir: pathlib.Path):
   path = workdir / CONFIG_FILE
   if path.exists():
@@ -295,7 +272,7 @@ def _check_workdir(config: Experiment, workdir: pathlib.Path):
     raise ConfigError(f"the workdir {workdir} is a file")
 
 
-def _check_rows(config: Experiment, mesh: jax.sharding.Mesh):
+def _check_mesh(config: Experiment, mesh: jax.sharding.Mesh):
   shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   rows = config.data.batch_size // config.microbatches
   if rows % shards:
@@ -303,6 +280,8 @@ def _check_rows(config: Experiment, mesh: jax.sharding.Mesh):
       f"{rows} rows (data.batch_size / microbatches) do not divide over the {shards} devices of "
       "the mesh's data, fsdp and expert axes"
     )
+  with use_mesh(mesh):  # the layers refuse what their heads and experts do not divide over
+    abstract_params(config.model, (rows, config.data.length))
 
 
 def _write_config(config: Experiment, workdir: pathlib.Path):

@@ -22,7 +22,7 @@ from lladax.data import DataConfig
 from lladax.experiment import Experiment, open_run, run_command, train, with_special_ids
 from lladax.infer import SamplerConfig
 from lladax.models import tiny
-from lladax.moe.layer import MoEConfig
+from lladax.moe import MoEConfig, Ring
 from lladax.sharding import MeshConfig, make_mesh
 from lladax.train import Constant, OptimizerConfig, every, heldout_bound, read_records
 
@@ -273,3 +273,35 @@ def test_the_command_has_help_modes_and_one_line_errors(tmp_path):
   status, output, errors = finish(start("--set", "sede=2", "--mode=evaluate"))
   assert (status, output) == (2, "") and len(errors.strip().splitlines()) == 1, errors
   assert "sede" in errors and "'seed'" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+  "model, mesh, message",
+  [
+    (
+      dict(moe=dict(exchange=Ring())),
+      MeshConfig(data=1, expert=8),
+      "4 experts do not divide over 8",
+    ),
+    (dict(num_key_value_heads=1), MeshConfig(fsdp=4, tensor=2), "1 key heads do not divide"),
+    (
+      dict(),
+      MeshConfig(data=2, context=4),
+      "2 heads .* do not divide over the 4 devices of the con",
+    ),
+    (dict(), MeshConfig(data=3), "needs 3 devices; there are 8"),
+    (dict(), MeshConfig(fsdp=8), None),
+  ],
+)
+def test_a_mesh_that_the_model_does_not_fit(corpus, tmp_path, model, mesh, message):
+  config = experiment(corpus, mesh=mesh)
+  model = dict(model)
+  moe = dataclasses.replace(config.model.moe, **model.pop("moe", {}))
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe, **model))
+  if message is None:
+    with open_run(config, tmp_path / "run") as run:
+      assert run.state.step == 0
+    return
+  with pytest.raises(ConfigError, match=message), open_run(config, tmp_path / "run"):
+    pass
+  assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """Text to batches: corpora, tokenizers, packing and the grain pipeline."""
 
 from lladax.data.corpora import Document, load_corpus
+from lladax.data.fingerprint import Fingerprint
 from lladax.data.pipeline import Data, DataConfig, heldout_dataset, load_data, train_dataset
 from lladax.data.tokenizer import (
   Bytes,
@@ -25,6 +26,7 @@ __all__ = [
   "Data",
   "DataConfig",
   "Document",
+  "Fingerprint",
   "JsonTokenizer",
   "Rows",
   "Tokenizer",

@@ -210,9 +210,12 @@ def bind_token_nll(config: ModelConfig, params, positions, segment_ids) -> Token
   return token_nll
 
 
-def init_variables(config: ModelConfig, key: jax.Array):
-  """Boxed Linen variables (each parameter carries its logical axis names)."""
-  return Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))
+def init_variables(config: ModelConfig, key: jax.Array, shape: tuple[int, int] = (1, 2)):
+  """Boxed Linen variables (each parameter carries its logical axis names).
+
+  They do not depend on `shape`, of the tokens [B, L] that pass through the network for it.
+  """
+  return Transformer(config).init(key, jnp.zeros(shape, jnp.int32))
 
 
 def init_params(config: ModelConfig, key: jax.Array):
@@ -220,6 +223,12 @@ def init_params(config: ModelConfig, key: jax.Array):
   return nn.meta.unbox(init_variables(config, key)["params"])
 
 
-def abstract_params(config: ModelConfig):
-  """Shapes and dtypes of the parameters, nothing allocated."""
-  return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+def abstract_params(config: ModelConfig, shape: tuple[int, int] = (1, 2)):
+  """Shapes and dtypes of the parameters, nothing allocated.
+
+  Raises:
+    ValueError: within `use_mesh`, if tokens [B, L] of this shape cannot pass through the network on
+      the mesh: its heads or experts do not divide.
+  """
+  key = jax.random.key(0)
+  return jax.eval_shape(lambda: nn.meta.unbox(init_variables(config, key, shape)["params"]))

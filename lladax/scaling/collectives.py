@@ -154,23 +154,20 @@ def first_group(attributes: str, devices: int) -> list[int] | None:
   if text.startswith("{}"):
     return list(range(devices))
   if text.startswith("["):
-    return [int(n) for n in _iota(text).reshape(_dims(text))[0]]
+    groups, sizes, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    shape = [int(n) for n in groups.split(",")]
+    return [int(n) for n in _iota(sizes, order).reshape(shape)[0]]
   if text.startswith("mesh["):
     return _mesh_group(text)
   return None
 
 
-def _dims(text: str) -> list[int]:
-  return [int(n) for n in re.match(r"\[([\d,]+)\]", text)[1].split(",")]
-
-
-def _iota(text: str) -> np.ndarray:
-  """`[groups,size]<=[4,2]T(1,0)`: device numbers, reshaped, transposed, flattened."""
-  found = re.match(r"\[[\d,]+\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-  sizes = [int(n) for n in found[1].split(",")]
-  numbers = np.arange(np.prod(sizes)).reshape(sizes)
-  if found[2]:
-    numbers = numbers.transpose([int(n) for n in found[2].split(",")])
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+  """`[4,2]T(1,0)`: device numbers, reshaped, transposed, flattened."""
+  dims = [int(n) for n in sizes.split(",")]
+  numbers = np.arange(np.prod(dims)).reshape(dims)
+  if order:
+    numbers = numbers.transpose([int(n) for n in order.split(",")])
   return numbers.reshape(-1)
 
 
@@ -178,9 +175,8 @@ def _mesh_group(text: str) -> list[int]:
   """`mesh['a'=2,'b'=4] {'b'}`, also with parts of an axis, `'b':(2)2`: major part 2, size 2."""
   header, _, rest = text.partition("]")
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", header)}
-  ids = re.match(r"[^{]*?device_ids=\(?(\[[^{]*?)\)?\s*\{", rest)
-  total = int(np.prod(list(sizes.values())))
-  numbers = np.arange(total) if ids is None else _iota(ids[1])
+  ids = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", rest.partition("{")[0])
+  numbers = np.arange(np.prod(list(sizes.values()))) if ids is None else _iota(ids[1], ids[2])
   axes = re.search(r"\{([^}]*)\}", rest)[1]
   numbers = numbers.reshape(list(sizes.values()))
   index: list = [0] * len(sizes)

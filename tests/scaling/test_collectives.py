@@ -27,6 +27,7 @@ LAYOUT = Layout(("data", "fsdp", "expert"), (2, 2, 2), CORNERS)
     ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b'}, y", [0, 2]),
     ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}, y", list(range(8))),
     ("replica_groups=mesh['a'=8] {'a':(1)2}, y", [0, 4]),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, y", [0, 4]),
     ("replica_groups=mesh['a'=8] {'a':(2)4}, y", [0, 1, 2, 3]),
   ],
 )

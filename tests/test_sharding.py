@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lladax.models import init_variables, tiny
+from lladax.scaling import aot
+from lladax.scaling.chips import parse_slice
 from lladax.sharding import (
   MESH_AXES,
   MeshConfig,
@@ -161,3 +163,11 @@ def test_constrain_leaves_whole_what_the_devices_cannot_share_equally():
       y = run(jnp.ones((rows, 4)))
       parts = {shard.data.shape[0] for shard in y.addressable_shards}
       assert parts == ({1} if rows in (1, 8) else {3})
+
+
+def test_a_mesh_that_does_not_fit_the_torus():
+  chips = aot.devices(parse_slice("v5p:4x4x4"))  # axes of the mesh are products of 4s
+  assert make_mesh(MeshConfig(fsdp=16, expert=4), chips).shape["expert"] == 4
+  with pytest.raises(ValueError, match="fsdp=8,expert=8 does not fit the torus") as error:
+    make_mesh(MeshConfig(fsdp=8, expert=8), chips)
+  assert "; fsdp=4,expert=16; fsdp=16,expert=4" in str(error.value)

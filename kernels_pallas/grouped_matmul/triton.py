@@ -162,7 +162,8 @@ def _products_kernel(
   expert = jnp.minimum(group, experts - 1)
   # The rows beyond the groups have no product; nor has a tile without rows.
   live = (group < experts) & (start < high)
-  steps = jnp.where(live, pl.cdiv(depth, tiling.depth), 0)
+  # (A product: `where` of scalars is lowered with the type of its condition, in 0.10.2 and 0.12.)
+  steps = live.astype(jnp.int32) * pl.cdiv(depth, tiling.depth)
 
   def step(i, sums):
     inner = i * tiling.depth + _iota(tiling.depth)

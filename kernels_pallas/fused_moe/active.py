@@ -52,14 +52,14 @@ def find_active(experts: jax.Array, num_experts: int) -> Active:
   )
 
 
-def weighted_sum(
-  rows: jax.Array, weights: jax.Array, experts: jax.Array, active: Active, num_experts: int
-) -> jax.Array:
+def sum_slots(rows: jax.Array, experts: jax.Array, active: Active, num_experts: int) -> jax.Array:
   """Each token's sum over its slots that are here, in their own order, float32[T, D].
+
+  Rows come weighted: of two products in one sum the compiler contracts either into a fused
+  multiply-add, not always the same one, and results would depend on T.
 
   Args:
     rows: float32[R, D] by sorted place, R at least T * k; anything where no slot is.
-    weights: float32[T, k].
     experts: int32[T, k].
     active: of these experts.
     num_experts: E.
@@ -68,6 +68,5 @@ def weighted_sum(
   inverse = active.inverse.reshape(experts.shape)
   total = jnp.float32(0)
   for j in range(experts.shape[1]):
-    scaled = rows[inverse[:, j]] * weights[:, j, None].astype(jnp.float32)
-    total += jnp.where(here[:, j, None], scaled, 0)
+    total += jnp.where(here[:, j, None], rows[inverse[:, j]], 0)
   return total

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import cpu
-from kernels_pallas.fused_moe.active import find_active, weighted_sum
+from kernels_pallas.fused_moe.active import find_active, sum_slots
 from kernels_pallas.fused_moe.quantize import QuantizedExperts, Weights
 from kernels_pallas.op import vary_like
 
@@ -32,7 +32,8 @@ def forward(
   """
   width, block = down.shape[1], 8 if x.dtype == jnp.float32 else 16
   active = find_active(experts, down.shape[0])
-  tokens = jnp.pad(active.order, (0, block)) // experts.shape[1]
+  slots = jnp.pad(active.order, (0, block))
+  tokens, slot_weights = slots // experts.shape[1], weights.reshape(-1).astype(jnp.float32)[slots]
 
   def visit(i, out):
     expert = active.experts[i]
@@ -44,14 +45,15 @@ def forward(
       rows = x[cpu.take_rows(tokens, start, block)]
       hidden = cpu.dot(rows, gate_up_e) * gate_up_scale
       act = jax.nn.silu(hidden[:, :width]) * hidden[:, width:]
-      return cpu.put_rows(out, cpu.dot(act.astype(x.dtype), down_e) * down_scale, start)
+      scale = down_scale * cpu.take_rows(slot_weights, start, block)[:, None]
+      return cpu.put_rows(out, cpu.dot(act.astype(x.dtype), down_e) * scale, start)
 
     return lax.fori_loop(0, (active.sizes[expert] + block - 1) // block, step, out)
 
   out = jnp.zeros((tokens.size, x.shape[1]), jnp.float32)
   leaves = jax.tree.leaves((x, gate_up, down, experts))
   out = lax.fori_loop(0, active.count, visit, vary_like(out, *leaves))
-  return weighted_sum(out, weights, experts, active, down.shape[0]).astype(x.dtype)
+  return sum_slots(out, experts, active, down.shape[0]).astype(x.dtype)
 
 
 def _one(weights, expert, dtype):

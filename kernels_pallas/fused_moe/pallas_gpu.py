@@ -5,8 +5,9 @@ rows of one expert and a tile of its columns, and streams that part of the weigh
 expert follow each other, so that an expert with more than `ROWS` tokens has its weights read again
 from the L2 cache (50 MB on H100; an expert of LLaDA-MoE has 13), not from memory. Between the two,
 hidden activations [T * k, F] and outputs [T * k, D] pass through L2 as well: blocks cannot wait for
-each other's sums, and adding atomically would make a token's result depend on chance. At T 64 they
-are 1% of the weights' bytes. The combine adds in the order of the token's own slots.
+each other's sums, and adding atomically would make a token's result depend on chance. At 64 tokens
+of LLaDA-MoE they are 1.3% of the weights' bytes. The second kernel weights its rows, and a token's
+are added in the order of its slots.
 
 Why not Mosaic: its asynchronous wgmma products and pipelined copies pay where products are the
 limit. Here a weight takes part in 2 * ROWS operations per 2 bytes, 32 per byte; an H100 could do
@@ -28,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import op
-from kernels_pallas.fused_moe.active import find_active, weighted_sum
+from kernels_pallas.fused_moe.active import find_active, sum_slots
 from kernels_pallas.fused_moe.quantize import Weights, split
 from kernels_pallas.grouped_matmul.row_tiles import row_tiles
 
@@ -74,14 +75,16 @@ def forward(
   tokens = active.order // experts.shape[1]
   act = call(x, tokens, gate_up, parts=2, dtype=x.dtype)
   places = jnp.arange(active.order.size, dtype=jnp.int32)
-  out = call(act, places, down, parts=1, dtype=jnp.float32)
-  return weighted_sum(out, weights, experts, active, down.shape[0]).astype(x.dtype)
+  slot_weights = weights.astype(jnp.float32).reshape(-1)[active.order]
+  out = call(act, places, down, slot_weights, parts=1, dtype=jnp.float32)
+  return sum_slots(out, experts, active, down.shape[0]).astype(x.dtype)
 
 
-def _call(x, source, weights, *, where, parts, dtype, rows, columns, depth):
+def _call(x, source, weights, row_scale=None, *, where, parts, dtype, rows, columns, depth):
   """[S, width] in `dtype`: row s of the product is x[source[s]] times its expert's matrix.
 
   parts: 2: of two halves of the columns, silu of the first times the second.
+  row_scale: float32[S], by which rows of the result are multiplied.
   """
   from jax.experimental.pallas import triton as plt
 
@@ -89,7 +92,13 @@ def _call(x, source, weights, *, where, parts, dtype, rows, columns, depth):
   width = matrices.shape[2] // parts
   call = pl.pallas_call(
     functools.partial(
-      _kernel, parts=parts, rows=rows, columns=columns, depth=depth, scaled=scales is not None
+      _kernel,
+      parts=parts,
+      rows=rows,
+      columns=columns,
+      depth=depth,
+      scaled=scales is not None,
+      weighted=row_scale is not None,
     ),
     out_shape=op.shape_like((source.shape[0], width), dtype, x, source),
     grid=(pl.cdiv(width, columns), where[0].shape[0]),
@@ -98,13 +107,16 @@ def _call(x, source, weights, *, where, parts, dtype, rows, columns, depth):
     name="fused_moe_swiglu" if parts == 2 else "fused_moe_down",
   )
   with op.for_target():
-    return call(*where, source, x, matrices, *([] if scales is None else [scales]))
+    return call(*where, source, x, matrices, *(s for s in (scales, row_scale) if s is not None))
 
 
-def _kernel(expert, start, high, source, x, weights, *refs, parts, rows, columns, depth, scaled):
+def _kernel(
+  expert, start, high, source, x, weights, *refs, parts, rows, columns, depth, scaled, weighted
+):
   from jax.experimental.pallas import triton as plt
 
-  scales, out = refs if scaled else (None, *refs)
+  scales = refs[0] if scaled else None
+  row_scale, out = refs[-2:] if weighted else (None, refs[-1])
   column, tile = pl.program_id(0) * columns, pl.program_id(1)
   expert, start, high = expert[tile], start[tile], high[tile]
   count, width = x.shape[1], weights.shape[2] // parts
@@ -112,7 +124,8 @@ def _kernel(expert, start, high, source, x, weights, *refs, parts, rows, columns
   live, inside = (row < high)[:, None], column < width
   # What does not exist is replaced by its neighbour, never masked: there is no zero of float8.
   # Rows beyond the expert's are not stored, columns neither, and depth has zeros on the left.
-  token = plt.load(source.at[_within(row, source.shape[0], 1)])[:, None]
+  known_row = jnp.minimum(row, source.shape[0] - 1)
+  token = plt.load(source.at[known_row])[:, None]
   known_column = _within(column, width, columns)
 
   def step(i, sums):
@@ -137,6 +150,8 @@ def _kernel(expert, start, high, source, x, weights, *refs, parts, rows, columns
   result = products[0]
   if parts == 2:
     result = jax.nn.sigmoid(result) * result * products[1]
+  if weighted:
+    result *= plt.load(row_scale.at[known_row])[:, None]
   where = out.at[row[:, None], column[None]]
   plt.store(where, result.astype(out.dtype), mask=live & inside[None])
 
@@ -147,7 +162,7 @@ def _iota(size):
 
 def _within(index, size, block):
   """Indices that exist, contiguous wherever the block divides the size."""
-  return index if size % block == 0 and block > 1 else jnp.minimum(index, size - 1)
+  return index if size % block == 0 else jnp.minimum(index, size - 1)
 
 
 def _dot(left, right):

@@ -9,7 +9,7 @@ a layer:
   Fsdp    W over all links
   Ring    W / N over the links of the other axes, 2 (N - 1) s T over those of the expert axis
   Ragged  W / N likewise,                         k N s T / 2   (each byte travels N / 4, there and
-                                                                 back, k times)
+                                                                 back, k times); AllToAll the same
 """
 
 from __future__ import annotations
@@ -83,17 +83,18 @@ def choices(model: ModelConfig, slice_: Slice, length: int, tokens_per_chip: flo
     refused = _indivisible(model, fsdp, expert, gathered=False)
     ring = 2 * (expert - 1) * state / axis
     found.append(Choice(exchange="Ring", weights=part, tokens=ring, **shared, excluded=refused))
-    ragged = moe.num_experts_per_tok * expert * state / 2 / axis
+    sent = moe.num_experts_per_tok * expert * state / 2 / axis
+    found.append(Choice(exchange="AllToAll", weights=part, tokens=sent, **shared, excluded=refused))
     if chip.name == "v5e" and slice_.chips >= 32:
       refused = "the compiler has no ragged_all_to_all on v5e slices of 32 chips and more"
-    found.append(Choice(exchange="Ragged", weights=part, tokens=ragged, **shared, excluded=refused))
+    found.append(Choice(exchange="Ragged", weights=part, tokens=sent, **shared, excluded=refused))
   return sorted(found, key=_order)
 
 
 def _order(choice: Choice):
   """Of equals the simpler exchange, then the more even mesh, whose axes are both short."""
   uneven = abs(math.log(choice.fsdp / choice.expert))
-  exchange = ("Fsdp", "Ring", "Ragged").index(choice.exchange)
+  exchange = ("Fsdp", "Ring", "Ragged", "AllToAll").index(choice.exchange)
   return bool(choice.excluded), choice.seconds, choice.links, exchange, uneven, choice.expert
 
 

@@ -21,6 +21,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -32,6 +33,7 @@ from lladax.moe.route import AXIS, exchange_rows, first_expert, make_route
 from lladax.sharding import axes_of, gather, total
 
 OVERFLOW = ("gather", "drop")
+NONE = np.int32(0)  # slots dropped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,8 +125,8 @@ class Fsdp(Exchange):
 
   def __call__(self, x, weights, experts, gate_up, down, place, *, implementation=None):
     gate_up, down = place.whole_matrices(gate_up, down)
-    y, dropped = _own_experts(x, weights, experts, gate_up, down, place.split, implementation)
-    return total(y, place.split), total(dropped, place.everything)
+    y = _own_experts(x, weights, experts, gate_up, down, place.split, implementation)
+    return total(y, place.split), NONE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,20 +181,21 @@ class _InPlace(Exchange):
 
     def here(x, weights, gate_up, down):
       if route is None:  # all devices along the axis have these tokens, or there is no axis
-        y, dropped = _own_experts(x, weights, experts, gate_up, down, place.split, implementation)
-        return total(y, place.split), total(dropped, place.everything)
+        y = _own_experts(x, weights, experts, gate_up, down, place.split, implementation)
+        return total(y, place.split), NONE
       y = self.exchange(x, weights, gate_up, down, route, implementation)
-      return total(y, set(place.split) - {AXIS}), total(route.dropped, place.everything)
+      dropped = total(route.dropped, place.everything) if self.may_drop else NONE
+      return total(y, set(place.split) - {AXIS}), dropped
 
     def gathered(x, weights, gate_up, down):
       lies = PartitionSpec(AXIS, None, None)  # the minor axis of place.split
       gate_up, down = (gather(w, lies, place.rows) for w in (gate_up, down))
       tensor = tuple(axis for axis in place.split if axis != AXIS)
-      y, dropped = _own_experts(x, weights, experts, gate_up, down, tensor, implementation)
-      return total(y, tensor), total(dropped, place.everything)
+      y = _own_experts(x, weights, experts, gate_up, down, tensor, implementation)
+      return total(y, tensor), NONE
 
     args = x, weights, gate_up, down
-    if route is None or self.buffer_factor is None or self.on_overflow == "drop":
+    if route is None or self.buffer_factor is None or self.may_drop:
       return here(*args)
     overflow = total(route.dropped, place.everything) > 0
     return lax.cond(overflow, gathered, here, *args)
@@ -288,10 +291,10 @@ def _there_and_back(x, weights, gate_up, down, route, implementation, there, bac
 
 
 def _own_experts(x, weights, experts, gate_up, down, split, implementation):
-  """The share of y of the experts at hand, and how many slots found no room: none."""
+  """The share of y of the experts at hand, with room for all of their slots."""
   count = down.shape[0]
   plan = make_plan(experts, count, first=first_expert(split, count))
-  return _compute(x, weights, gate_up, down, plan, implementation), plan.dropped
+  return _compute(x, weights, gate_up, down, plan, implementation)
 
 
 def _compute(x, weights, gate_up, down, plan: Plan, implementation):

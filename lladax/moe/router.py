@@ -221,5 +221,5 @@ def router_stats(
     entropy=sums["entropy"] / tokens,
     balance_loss=num_experts * (load * probability).sum(),
     z_loss=sums["z"] / tokens,
-    dropped=jnp.zeros(()) if dropped is None else dropped.astype(jnp.float32),
+    dropped=jnp.asarray(0 if dropped is None else dropped, jnp.float32),
   )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from kernels_pallas import op
 from kernels_pallas.expert_ffn import live_blocks
-from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
+from kernels_pallas.permute import collect, dispatch
 
 IMPLEMENTATIONS = ("live_blocks", "grouped_matmul")
 
@@ -63,9 +62,13 @@ def expert_ffn(
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
   args = x, gate_up, down, weights, order, inverse, group_sizes
-  if implementation is None:
-    return lax.platform_dependent(*args, cpu=_live_blocks, default=_three_passes)
-  return (_live_blocks if implementation == "live_blocks" else _three_passes)(*args)
+  if implementation == "live_blocks":
+    return _live_blocks(*args)
+  # Chosen before there is anything to differentiate: branches of one choice would all carry what
+  # any of them keeps for the backward pass.
+  if implementation is None and op.target_platform() == "cpu":
+    return op.by_platform(*args, cpu=_live_blocks, tpu=_passes, cuda=_passes)
+  return _passes(*args)
 
 
 _live_blocks = jax.custom_vjp(live_blocks.forward)
@@ -83,51 +86,17 @@ def _live_blocks_bwd(residuals, grad):
 _live_blocks.defvjp(_live_blocks_fwd, _live_blocks_bwd)
 
 
-def _three_passes(x, gate_up, down, weights, order, inverse, group_sizes):
-  """Dispatch, two grouped matmuls, combine: the form for accelerators."""
-  k, width = weights.shape[1], down.shape[1]
-  rows = dispatch(x, order, inverse, k)
-  hidden = grouped_matmul(rows, gate_up, group_sizes)
-  hidden = jax.nn.silu(hidden[:, :width].astype(jnp.float32)) * hidden[:, width:]
-  out = grouped_matmul(hidden.astype(x.dtype), down, group_sizes)
-  return combine(out, weights, order, inverse).astype(x.dtype)
+def _passes(x, gate_up, down, weights, order, inverse, group_sizes):
+  """Dispatch, SwiGLU, down-projection, sum over slots: the form for accelerators.
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dispatch(x: jax.Array, order: jax.Array, inverse: jax.Array, k: int) -> jax.Array:
-  """[T, D] -> [R, D] in expert order (padding is zero), without a k-fold copy of x in between.
-
-  The derivative is a gather and a sum over slots, since a scatter-add is slow everywhere.
+  The slot's weight multiplies the hidden activations instead of the output, which is the same sum:
+  the backward pass then needs no output, and where activations are computed again the
+  down-projection is not. (A gather of the weights is `dispatch` of rows of one number.)
   """
-  del inverse
-  return x.at[order // k].get(mode="fill", fill_value=0)
-
-
-def _dispatch_fwd(x, order, inverse, k):
-  return dispatch(x, order, inverse, k), inverse
-
-
-def _dispatch_bwd(k, inverse, grad):
-  rows = grad.at[inverse].get(mode="fill", fill_value=0).reshape(-1, k, grad.shape[-1])
-  return rows.sum(1, dtype=jnp.float32).astype(grad.dtype), None, None
-
-
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-
-
-@jax.custom_vjp
-def _unsort(rows, order, inverse):
-  del order
-  return rows.at[inverse].get(mode="fill", fill_value=0)
-
-
-_unsort.defvjp(
-  lambda rows, order, inverse: (_unsort(rows, order, inverse), order),
-  lambda order, grad: (grad.at[order].get(mode="fill", fill_value=0), None, None),
-)
-
-
-def combine(rows: jax.Array, weights: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-  """[R, D] in expert order, weights [T, k] -> their weighted sum, float32[T, D]."""
-  slots = _unsort(rows, order, inverse).reshape(*weights.shape, -1)
-  return jnp.einsum("tkd,tk->td", slots, weights, preferred_element_type=jnp.float32)
+  k = weights.shape[1]
+  scale = dispatch(weights.reshape(-1, 1).astype(jnp.float32), order, inverse, 1)  # [R, 1]
+  rows = dispatch(x, order, inverse, k)  # [R, D]
+  hidden = grouped_swiglu(rows, gate_up, group_sizes, by_row=True)  # [R, F]
+  hidden = (hidden.astype(jnp.float32) * scale).astype(x.dtype)
+  out = grouped_matmul(hidden, down, group_sizes, by_row=True)  # [R, D]
+  return collect(out, order, inverse, k)

@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import op
+from kernels_pallas import gpu, op
 from kernels_pallas.grouped_matmul import live_blocks, pallas_tpu, reference
 from kernels_pallas.grouped_matmul.ragged_dot import RaggedDot
 
@@ -37,6 +37,7 @@ def grouped_matmul(
   rhs: jax.Array,
   group_sizes: jax.Array,
   *,
+  by_row: bool = False,
   implementation: str | None = None,
 ) -> jax.Array:
   """Multiplies each row of `lhs` by the matrix of its group; differentiable in `lhs` and `rhs`.
@@ -46,6 +47,7 @@ def grouped_matmul(
       included; the same goes for the gradient of the output.
     rhs: [E, D, F], of the same dtype.
     group_sizes: int32[E], adding up to at most R. Rows beyond their sum belong to no group.
+    by_row: `permute.combine` follows. On TPU the output is then stored as its row copies need it.
     implementation: one of `IMPLEMENTATIONS`. None chooses by the platform that is lowered for: on
       CPU `live_blocks`, since XLA expands `ragged_dot` to E dense products there; on TPU
       `pallas_tpu`; on Hopper GPUs `mosaic_gpu` and, for the gradient of `rhs`, `triton`, which all
@@ -62,7 +64,7 @@ def grouped_matmul(
   if implementation == "reference":
     return reference.grouped_matmul(lhs, rhs, group_sizes)
   # The derivative of this sums gradients of weights over devices that have different rows.
-  return _grouped_matmul(implementation, *op.vary_like((lhs, rhs), lhs, rhs), group_sizes)
+  return _grouped_matmul(implementation, by_row, *op.vary_like((lhs, rhs), lhs, rhs), group_sizes)
 
 
 def grouped_swiglu(
@@ -70,6 +72,7 @@ def grouped_swiglu(
   gate_up: jax.Array,
   group_sizes: jax.Array,
   *,
+  by_row: bool = False,
   implementation: str | None = None,
 ) -> jax.Array:
   """silu(lhs gate) * (lhs up), rows and matrices by group, in one pass over the rows.
@@ -81,6 +84,7 @@ def grouped_swiglu(
     lhs: [R, D], see `grouped_matmul`.
     gate_up: [E, D, 2F], gate before up, of the same dtype.
     group_sizes: int32[E].
+    by_row: `lhs` comes from `permute.dispatch`, whose derivative copies rows of its gradient.
     implementation: see `grouped_matmul`.
 
   Returns:
@@ -95,7 +99,7 @@ def grouped_swiglu(
   if implementation == "reference":
     return reference.grouped_swiglu(lhs, gate_up, group_sizes)
   lhs, gate_up = op.vary_like((lhs, gate_up), lhs, gate_up)
-  return _grouped_swiglu(implementation, lhs, gate_up, group_sizes)
+  return _grouped_swiglu(implementation, by_row, lhs, gate_up, group_sizes)
 
 
 def _check(lhs, rhs, group_sizes, implementation):
@@ -109,36 +113,43 @@ def _check(lhs, rhs, group_sizes, implementation):
     raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(implementation, lhs, rhs, group_sizes):
-  return _run(implementation, "forward", lhs, rhs, group_sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped_matmul(implementation, by_row, lhs, rhs, group_sizes):
+  return _run(implementation, "forward", lhs, rhs, group_sizes, by_row=by_row)
 
 
-def _matmul_forward(implementation, lhs, rhs, group_sizes):
-  return _grouped_matmul(implementation, lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+def _matmul_forward(implementation, by_row, *args):
+  return _grouped_matmul(implementation, by_row, *args), args
 
 
-def _matmul_backward(implementation, residuals, grad):
-  lhs, rhs, group_sizes = residuals
-  dlhs = _run(implementation, "forward", grad, rhs, group_sizes, transpose_rhs=True)
-  drhs = _run(implementation, "gradient_rhs", lhs, grad, group_sizes, dtype=rhs.dtype)
-  return dlhs, drhs, None
+def _matmul_backward(implementation, by_row, residuals, grad):
+  del by_row
+  return _gradients(implementation, *residuals, grad, by_row=False)
 
 
 _grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_swiglu(implementation, lhs, gate_up, group_sizes):
+def _gradients(implementation, lhs, rhs, group_sizes, grad, *, by_row):
+  back = dict(transpose_rhs=True, by_row=by_row)
+  dlhs = _run(implementation, "forward", grad, rhs, group_sizes, **back)
+  drhs = _run(implementation, "gradient_rhs", lhs, grad, group_sizes, dtype=rhs.dtype)
+  return dlhs, drhs, None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped_swiglu(implementation, by_row, lhs, gate_up, group_sizes):
+  del by_row
   return _run(implementation, "swiglu", lhs, gate_up, group_sizes, keep=False)
 
 
-def _swiglu_forward(implementation, lhs, gate_up, group_sizes):
-  out, pre = _run(implementation, "swiglu", lhs, gate_up, group_sizes, keep=True)
-  return out, (lhs, gate_up, group_sizes, pre)
+def _swiglu_forward(implementation, by_row, *args):
+  del by_row
+  out, pre = _run(implementation, "swiglu", *args, keep=True)
+  return out, (*args, pre)
 
 
-def _swiglu_backward(implementation, residuals, grad):
+def _swiglu_backward(implementation, by_row, residuals, grad):
   *args, pre = residuals
   gate, up = (x.astype(jnp.float32) for x in _halves(pre))
   high = grad.astype(jnp.float32)
@@ -146,7 +157,7 @@ def _swiglu_backward(implementation, residuals, grad):
   silu = gate * sigmoid
   dgate = high * up * (sigmoid + silu * (1 - sigmoid))
   dpre = jnp.concatenate([dgate, high * silu], axis=1).astype(grad.dtype)
-  return _matmul_backward(implementation, args, dpre)
+  return _gradients(implementation, *args, dpre, by_row=by_row)
 
 
 _grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -164,7 +175,7 @@ def _run(implementation, step, *args, **static):
     return op.only_on(platform, implementation, call, *args) if platform else call(*args)
 
   def on_cpu(*args):
-    out = getattr(live_blocks, step)(*args, **static)
+    out = _call("live_blocks", step, *args, **static)
     # Branches must agree on what they keep.
     paired = static.get("keep") and op.target_platform() == "tpu"
     return (out[0], _halves(out[1])) if paired else out
@@ -179,6 +190,8 @@ def _run(implementation, step, *args, **static):
 
 def _call(name, step, lhs, other, group_sizes, **static):
   backend = _backend(name)
+  if name != "pallas_tpu":
+    static.pop("by_row", None)
   if static.get("transpose_rhs"):
     pass_name, width = "forward_transposed", other.shape[1]
   else:
@@ -207,6 +220,5 @@ def _backend(name):
 
 def _for_gpu(step, dtype):
   """Hopper's matrix units take two bytes per number; for weight gradients Triton is the faster."""
-  hopper = any(name in op.target_device_kind() for name in ("H100", "H200"))
-  mosaic = hopper and step != "gradient_rhs" and jnp.dtype(dtype).itemsize == 2
+  mosaic = gpu.is_hopper() and step != "gradient_rhs" and jnp.dtype(dtype).itemsize == 2
   return "mosaic_gpu" if mosaic else "triton"

@@ -24,16 +24,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import op
+from kernels_pallas.grouped_matmul.tpu_tiling import (
+  candidates,
+  gradient_bytes,
+  gradient_tiling,
+  product_bytes,
+  product_tiling,
+  swiglu_tiling,
+  vmem_limit,
+)
 from kernels_pallas.op import Tiling
 
-# Rows multiplied at once: one pass of a 128 x 128 matrix unit.
-STEP = 128
-# A group's block of weights. Fetching 12 MiB takes 15 us on a v5e (819 GB/s), in which it multiplies
-# 240 rows by it at 197 TFLOP/s: less than a tile of `ROWS`, which hides it.
-WEIGHT_BLOCK = 12 << 20
-ROWS = 512
-# Of the vector memory: the rest is for what the compiler keeps.
-SHARE = 0.7
+__all__ = ["candidates", "forward", "gradient_rhs", "swiglu"]
+
+LANES = 128
 
 
 def forward(
@@ -42,11 +46,14 @@ def forward(
   group_sizes: jax.Array,
   *,
   transpose_rhs: bool = False,
+  by_row: bool = False,
   tiling: Tiling | None = None,
 ) -> jax.Array:
   """[R, D] x [E, D, F] -> [R, F] (transposed: [R, F] x [E, D, F] -> [R, D]), zero beyond the groups.
 
-  The columns of a tile need not divide the output's.
+  The columns of a tile need not divide the output's. With `by_row` what is stored is the view
+  [R, F / 128, 128], of which `kernels_pallas.permute` copies single rows: XLA drops the reshape to
+  [R, F] with the one back. For any other use of the output it costs a copy of it.
   """
   depth, width = rhs.shape[:0:-1] if transpose_rhs else rhs.shape[1:]
   tiling = tiling or product_tiling(lhs.shape[0], depth, width, rhs.shape[0], lhs.dtype)
@@ -57,10 +64,11 @@ def forward(
     transpose_rhs=transpose_rhs,
     halves=False,
     keep=False,
+    by_row=by_row and _views_by_row(width, tiling.columns),
     tiling=tiling,
     interpret=op.interpreted(),
   )
-  return out
+  return out.reshape(lhs.shape[0], width)
 
 
 def swiglu(
@@ -95,10 +103,17 @@ def swiglu(
     transpose_rhs=False,
     halves=True,
     keep=keep,
+    by_row=False,
     tiling=tiling,
     interpret=op.interpreted(),
   )
   return (out[0], tuple(out[1:])) if keep else out[0]
+
+
+def _views_by_row(width, columns):
+  """Whether blocks of the view are whole tiles."""
+  whole = columns == width or columns % (8 * LANES) == 0
+  return width % LANES == 0 and whole
 
 
 def _silu_product(gate, up):
@@ -119,110 +134,6 @@ def gradient_rhs(
   return _gradient_rhs(
     lhs, grad, group_sizes, dtype=jnp.dtype(dtype), tiling=tiling, interpret=op.interpreted()
   )
-
-
-def product_tiling(rows: int, depth: int, width: int, experts: int, dtype) -> Tiling:
-  """Tiles of `forward`: as many columns as fit, rows of a group or up to `ROWS` of them.
-
-  Two cores share the columns. At 65536 x [64, 2048, 2048] in bfloat16: 512 rows, all 2048 columns
-  on one core, 1024 on each of two. Double-buffered that is
-  2 x (512 x 2048 + 2048 x 2048 + 512 x 2048) x 2 bytes = 24 MiB of v5e's 128, and
-  2 x (512 x 2048 + 2048 x 1024 + 512 x 1024) x 2 bytes = 14 MiB of v5p's 64.
-  """
-  tile, step = _rows(rows, depth, experts, dtype)
-  for columns in _parts(width, op.chip().cores):
-    if _product_fits(tile, step, depth, columns, dtype, parts=1, outputs=1):
-      break
-  return Tiling(rows=tile, columns=columns, step=step)
-
-
-def swiglu_tiling(
-  rows: int, depth: int, width: int, experts: int, dtype, keep: bool
-) -> Tiling | None:
-  """As `product_tiling`, for two matrices and one or three outputs; columns divide `width`.
-
-  At 65536 x [64, 2048, 2 x 1024]: all 1024 columns of either matrix on one core, 512 on two.
-  """
-  tile, step = _rows(rows, depth, experts, dtype)
-  for columns in _parts(width, op.chip().cores):
-    if width % columns == 0 == columns % 128 and _product_fits(
-      tile, step, depth, columns, dtype, parts=2, outputs=3 if keep else 1
-    ):
-      return Tiling(rows=tile, columns=columns, step=step)
-  return None
-
-
-def gradient_tiling(rows: int, depth: int, width: int, experts: int, dtype, out_dtype) -> Tiling:
-  """Tiles of `gradient_rhs`: the largest part of a group's [D, F] that fits.
-
-  The larger it is, the less often rows are read: F / columns and D / depth times. At 2048 x 2048
-  with a float32 output all of it on v5e: 16 MiB summed, as much of a product that is added, 32
-  stored, 8 of rows. Two cores share D: 1024 x 2048 on v5p, 8 + 8 + 16 + 6 MiB of 64.
-  """
-  tile, step = _rows(rows, max(depth, width), experts, dtype)
-  sizes = [
-    (part, columns)
-    for part in _parts(depth, op.chip().cores)
-    for columns in _parts(width, 1)
-    if _gradient_bytes(tile, part, columns, dtype, out_dtype) <= SHARE * op.chip().vmem
-  ]
-  # Bytes of rows read per output element; among equals the one with more columns.
-  part, columns = min(sizes, key=lambda size: (1 / size[0] + 1 / size[1], -size[1]))
-  return Tiling(rows=tile, columns=columns, depth=part, step=step)
-
-
-def candidates(shape: tuple[int, int, int, int], dtype) -> tuple[Tiling, ...]:
-  """Tilings worth timing for (R, E, D, F), for all passes; some may not fit the chip."""
-  rows, _, depth, width = shape
-  found = [
-    Tiling(rows=tile, columns=columns, depth=part, step=step)
-    for tile in (128, 256, 512, 1024)
-    for step in (128, 256, 512)
-    if step <= tile <= max(rows, 128)
-    for columns in sorted({min(width, c) for c in (256, 512, 1024, 2048)})
-    for part in sorted({min(depth, d) for d in (512, 1024, 2048)})
-  ]
-  return tuple(found)
-
-
-def _rows(rows, depth, experts, dtype):
-  """Rows of a tile and of a step: not far beyond a group's, and a quarter of the memory at most."""
-  size = jnp.dtype(dtype).itemsize
-  few = -(-rows // (32 // size)) * (32 // size)
-  if few <= STEP:
-    return few, few
-  tile = min(ROWS, 1 << (max(rows // experts, STEP) - 1).bit_length())
-  while tile > STEP and 2 * size * tile * depth > op.chip().vmem // 4:
-    tile //= 2
-  return tile, STEP
-
-
-def _parts(size, at_least):
-  """Tiles along an axis, widest first: equal parts up to rounding to 128 lanes, or all of it."""
-  seen = set()
-  for count in range(at_least if size > 128 else 1, -(-size // 128) + 1):
-    part = size if count == 1 else -(-size // (128 * count)) * 128
-    if part not in seen:
-      seen.add(part)
-      yield part
-
-
-def _product_fits(rows, step, depth, columns, dtype, *, parts, outputs):
-  weights = parts * depth * columns * jnp.dtype(dtype).itemsize
-  needed = _product_bytes(rows, step, depth, columns, dtype, parts=parts, outputs=outputs)
-  return weights <= WEIGHT_BLOCK and needed <= SHARE * op.chip().vmem
-
-
-def _product_bytes(rows, step, depth, columns, dtype, *, parts, outputs):
-  """Two buffers of every block, and float32 results of a step before and after they are stored."""
-  blocks = rows * depth + parts * depth * columns + outputs * rows * columns
-  return 2 * jnp.dtype(dtype).itemsize * blocks + 8 * parts * step * columns
-
-
-def _gradient_bytes(rows, depth, columns, dtype, out_dtype):
-  """Two buffers of every block, the float32 sum, and one product that is added to it."""
-  size, out_size = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype).itemsize
-  return 2 * size * rows * (depth + columns) + (8 + 2 * out_size) * depth * columns
 
 
 class _Visits(NamedTuple):
@@ -266,9 +177,9 @@ def _visits(group_sizes, rows, tile, *, rest: bool):
 
 
 @functools.partial(
-  jax.jit, static_argnames=("transpose_rhs", "halves", "keep", "tiling", "interpret")
+  jax.jit, static_argnames=("transpose_rhs", "halves", "keep", "by_row", "tiling", "interpret")
 )
-def _products(lhs, rhs, group_sizes, *, transpose_rhs, halves, keep, tiling, interpret):
+def _products(lhs, rhs, group_sizes, *, transpose_rhs, halves, keep, by_row, tiling, interpret):
   from jax.experimental.pallas import tpu as pltpu
 
   rows, depth = lhs.shape
@@ -283,8 +194,21 @@ def _products(lhs, rhs, group_sizes, *, transpose_rhs, halves, keep, tiling, int
       return pl.BlockSpec((None, columns, depth), lambda n, v, s: (s.rhs_group[v], n, 0))
     return pl.BlockSpec((None, depth, columns), lambda n, v, s: (s.rhs_group[v], 0, n + part))
 
+  out_block = pl.BlockSpec((tiling.rows, columns), lambda n, v, s: (s.tile[v], n))
+  out_size, scratch = (rows, width), []
+  if by_row:
+    pieces = columns // LANES, LANES
+    out_block = pl.BlockSpec((tiling.rows, *pieces), lambda n, v, s: (s.tile[v], n, 0))
+    out_size = rows, width // LANES, LANES
+    scratch = [pltpu.VMEM((tiling.step or tiling.rows, *pieces), jnp.float32)]
+
   kernel = functools.partial(
-    _products_kernel, parts=parts, experts=experts, transpose_rhs=transpose_rhs, tiling=tiling
+    _products_kernel,
+    parts=parts,
+    outputs=outputs,
+    experts=experts,
+    transpose_rhs=transpose_rhs,
+    tiling=tiling,
   )
   size = lhs.dtype.itemsize
   call = pl.pallas_call(
@@ -296,13 +220,14 @@ def _products(lhs, rhs, group_sizes, *, transpose_rhs, halves, keep, tiling, int
         pl.BlockSpec((tiling.rows, depth), lambda n, v, s: (s.lhs_tile[v], 0)),
         *(rhs_block(part * steps) for part in range(parts)),
       ],
-      out_specs=[pl.BlockSpec((tiling.rows, columns), lambda n, v, s: (s.tile[v], n))] * outputs,
+      out_specs=[out_block] * outputs,
+      scratch_shapes=scratch,
     ),
-    out_shape=[op.shape_like((rows, width), lhs.dtype, lhs, rhs, group_sizes)] * outputs,
+    out_shape=[op.shape_like(out_size, lhs.dtype, lhs, rhs, group_sizes)] * outputs,
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"),
-      vmem_limit_bytes=_limit(
-        _product_bytes(
+      vmem_limit_bytes=vmem_limit(
+        product_bytes(
           tiling.rows,
           tiling.step or tiling.rows,
           depth,
@@ -325,15 +250,18 @@ def _products(lhs, rhs, group_sizes, *, transpose_rhs, halves, keep, tiling, int
     return call(visits, lhs, *[rhs] * parts)
 
 
-def _products_kernel(visits, lhs, *refs, parts, experts, transpose_rhs, tiling):
-  weights, outs = refs[:parts], refs[parts:]
+def _products_kernel(visits, lhs, *refs, parts, outputs, experts, transpose_rhs, tiling):
+  weights, outs, scratch = refs[:parts], refs[parts : parts + outputs], refs[parts + outputs :]
   group, low, high = _own_rows(visits, pl.program_id(1), tiling)
   axis = 1 if transpose_rhs else 0
 
   def store(at, own, values):
     for out, value in zip(outs, values, strict=True):
-      kept = out[at, :].astype(jnp.float32)
-      out[at, :] = jnp.where(own, value, kept).astype(out.dtype)
+      if scratch and value.ndim:
+        value = _by_row(value, *scratch)
+      kept = out[at].astype(jnp.float32)
+      own = own.reshape(-1, *[1] * (kept.ndim - 1))
+      out[at] = jnp.where(own, value, kept).astype(out.dtype)
 
   def multiply(at, own):
     rows = lhs[at, :]
@@ -355,6 +283,13 @@ def _products_kernel(visits, lhs, *refs, parts, experts, transpose_rhs, tiling):
   @pl.when(group == experts)
   def _():
     _for_each_step(low, high, tiling, lambda at, own: store(at, own, [jnp.float32(0)] * len(outs)))
+
+
+def _by_row(value, scratch):
+  """[step, columns] -> [step, columns / 128, 128], by stores that skip from row to row."""
+  for piece in range(scratch.shape[1]):
+    scratch[:, piece, :] = value[:, piece * LANES : (piece + 1) * LANES]
+  return scratch[...]
 
 
 def _own_rows(visits, visit, tiling):
@@ -400,7 +335,7 @@ def _gradient_rhs(lhs, grad, group_sizes, *, dtype, tiling, interpret):
     out_shape=op.shape_like((experts, depth, width), dtype, lhs, grad, group_sizes),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
-      vmem_limit_bytes=_limit(_gradient_bytes(tiling.rows, part, columns, lhs.dtype, dtype)),
+      vmem_limit_bytes=vmem_limit(gradient_bytes(tiling.rows, part, columns, lhs.dtype, dtype)),
     ),
     cost_estimate=pl.CostEstimate(
       flops=2 * rows * depth * width,
@@ -433,8 +368,3 @@ def _gradient_kernel(visits, lhs, grad, out, total, *, tiling):
   @pl.when((visit == last) | (visits.group[jnp.minimum(visit + 1, last)] != group))
   def _():
     out[...] = total[...].astype(out.dtype)
-
-
-def _limit(needed):
-  """Vector memory to ask for: what the blocks need and a quarter more, for the compiler."""
-  return int(min(op.chip().vmem, max(needed * 1.25 + (4 << 20), 16 << 20)))

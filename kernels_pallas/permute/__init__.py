@@ -1,5 +1,5 @@
 """Tokens to expert order and back."""
 
-from kernels_pallas.permute.api import IMPLEMENTATIONS, combine, dispatch
+from kernels_pallas.permute.api import IMPLEMENTATIONS, collect, combine, dispatch
 
-__all__ = ["IMPLEMENTATIONS", "combine", "dispatch"]
+__all__ = ["IMPLEMENTATIONS", "collect", "combine", "dispatch"]

@@ -53,6 +53,40 @@ def dispatch(
   return _dispatch(implementation, k, op.vary_like(x, x, order), order, inverse)
 
 
+def collect(
+  rows: jax.Array,
+  order: jax.Array,
+  inverse: jax.Array,
+  k: int,
+  *,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Every token's sum over its slots, y_t = sum_j rows[inverse_tj]: what `dispatch` transposes.
+
+  Its derivative needs no rows: where weights can be multiplied in before, this is the way back.
+
+  Args:
+    rows: [R, D] in expert order, see `combine`.
+    order: int32[R], see `dispatch`.
+    inverse: int32[T * k].
+    k: slots of a token.
+    implementation: see `dispatch`.
+
+  Returns:
+    [T, D] in the dtype of `rows`, summed in float32. The gradient is zero in padding.
+
+  Raises:
+    ValueError: as `dispatch`.
+  """
+  if rows.ndim != 2 or order.shape != rows.shape[:1] or inverse.ndim != 1 or inverse.size % k:
+    raise ValueError(
+      f"expected rows [R, D], order [R] and inverse [T * k], got {rows.shape}, {order.shape} and "
+      f"{inverse.shape} for k={k}"
+    )
+  _check(implementation)
+  return _collect(implementation, k, op.vary_like(rows, rows, inverse), order, inverse)
+
+
 def combine(
   rows: jax.Array,
   weights: jax.Array,
@@ -103,15 +137,36 @@ def _dispatch_forward(implementation, k, x, order, inverse):
 
 
 def _dispatch_backward(implementation, k, inverse, grad):
-  inverse = inverse.reshape(-1, k)
-
-  def ones(gather, rows, inverse):
-    return gather(rows, None, inverse)
-
-  return _run(implementation, "weighted_combine", grad, inverse, around=ones), None, None
+  return _sums(implementation, k, grad, inverse), None, None
 
 
 _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+def _sums(implementation, k, rows, inverse):
+  def ones(gather, rows, inverse):
+    return gather(rows, None, inverse)
+
+  return _run(implementation, "weighted_combine", rows, inverse.reshape(-1, k), around=ones)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _collect(implementation, k, rows, order, inverse):
+  del order
+  return _sums(implementation, k, rows, inverse)
+
+
+_collect.defvjp(
+  lambda implementation, k, rows, order, inverse: (
+    _collect(implementation, k, rows, order, inverse),
+    order,
+  ),
+  lambda implementation, k, order, grad: (
+    _run(implementation, "gather", grad, order // k),
+    None,
+    None,
+  ),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

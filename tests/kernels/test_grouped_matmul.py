@@ -18,6 +18,7 @@ from kernels_pallas.grouped_matmul import (
   grouped_matmul,
   grouped_swiglu,
   pallas_tpu,
+  tpu_tiling,
 )
 
 # No tile divides them: several tiles per group, several groups per tile.
@@ -168,7 +169,7 @@ def test_weights_of_devices_with_different_rows(name):
 def test_swiglu_where_no_tile_divides_the_width():
   """The TPU form then takes two passes."""
   lhs, rhs, sizes, _ = operands("swiglu", [20, 0, 1, 40, 9])
-  assert pallas_tpu.swiglu_tiling(R, D, F, E, lhs.dtype, keep=True) is None
+  assert tpu_tiling.swiglu_tiling(R, D, F, E, lhs.dtype, keep=True) is None
   want = grouped_swiglu(lhs, rhs, sizes, implementation="reference")
   with op.interpret():
     got, (gate, _) = pallas_tpu.swiglu(lhs, rhs, sizes, keep=True)
@@ -177,6 +178,17 @@ def test_swiglu_where_no_tile_divides_the_width():
   np.testing.assert_allclose(gate, product[:, :F], rtol=1e-5, atol=1e-5)
   with pytest.raises(ValueError, match="columns must divide F=24"):
     pallas_tpu.swiglu(lhs, rhs, sizes, keep=True, tiling=op.Tiling(rows=16, columns=16))
+
+
+def test_output_stored_by_row_is_the_same():
+  args = operands("matmul", [17, 0, 20, 0, 3])
+  lhs, sizes, rhs = args[0], args[2], jax.random.normal(jax.random.key(1), (E, D, 2048))
+  tiling = op.Tiling(rows=16, columns=1024, step=8)
+  with op.interpret():
+    got, want = (
+      pallas_tpu.forward(lhs, rhs, sizes, by_row=by_row, tiling=tiling) for by_row in (True, False)
+    )
+  np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
@@ -195,13 +207,13 @@ def test_default_tilings_fit_the_chip(kind, shape):
   with op.target(kind):
     vmem, cores = op.chip().vmem, op.chip().cores
     for inner, outer in ((depth, 2 * width), (width, depth)):
-      tiling = pallas_tpu.product_tiling(rows, inner, outer, experts, jnp.bfloat16)
+      tiling = tpu_tiling.product_tiling(rows, inner, outer, experts, jnp.bfloat16)
       blocks = tiling.rows * (inner + tiling.columns) + inner * tiling.columns
       assert 4 * blocks <= vmem and tiling.columns * cores <= outer + 127 * cores
-      tiling = pallas_tpu.gradient_tiling(rows, inner, outer, experts, jnp.bfloat16, jnp.float32)
+      tiling = tpu_tiling.gradient_tiling(rows, inner, outer, experts, jnp.bfloat16, jnp.float32)
       blocks = tiling.rows * (tiling.depth + tiling.columns)
       assert 4 * blocks + 12 * tiling.depth * tiling.columns <= vmem
-    tiling = pallas_tpu.swiglu_tiling(rows, depth, width, experts, jnp.bfloat16, keep=True)
+    tiling = tpu_tiling.swiglu_tiling(rows, depth, width, experts, jnp.bfloat16, keep=True)
     assert width % tiling.columns == 0 == tiling.columns % 128
 
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import op
-from kernels_pallas.permute import IMPLEMENTATIONS, combine, dispatch, pallas_tpu, reference
+from kernels_pallas.permute import (
+  IMPLEMENTATIONS,
+  collect,
+  combine,
+  dispatch,
+  pallas_tpu,
+  reference,
+)
 from kernels_pallas.permute.api import PLATFORMS
 
 # Several grid steps of several chunks, the last of them not full.
@@ -61,7 +68,9 @@ def compiled(implementation):
     run = dict(implementation=implementation)
     dispatched, dispatch_vjp = jax.vjp(lambda x: dispatch(x, order, inverse, K, **run), x)
     y, combine_vjp = jax.vjp(lambda r, w: combine(r, w, order, inverse, **run), rows, weights)
-    return dispatched, *dispatch_vjp(drows), y, *combine_vjp(dy)
+    total, collect_vjp = jax.vjp(lambda r: collect(r, order, inverse, K, **run), rows)
+    gradients = *dispatch_vjp(drows), *combine_vjp(dy), *collect_vjp(dy)
+    return dispatched, y, total, *gradients
 
   with small_tiles(implementation):
     return run.lower(*operands(), *plan(R)).compile()
@@ -78,10 +87,17 @@ def assert_equals_one_hot_products(implementation, here, seed=0):
   tokens = hot.reshape(R, T, K).sum(2)
   weighted = (hot * weights.reshape(-1)).reshape(R, T, K).sum(2)
   products = (rows @ dy.T)[:, :, None] * hot.reshape(R, T, K)
-  want = tokens @ x, tokens.T @ drows, weighted.T @ rows, weighted @ dy, products.sum(0)
-  names = "dispatched", "dx", "combined", "drows", "dweights"
-  for a, b, name in zip(got, want, names, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 if name == "dweights" else 1e-5)
+  want = {
+    "dispatched": tokens @ x,
+    "combined": weighted.T @ rows,
+    "collected": tokens.T @ rows,
+    "gradient of dispatch": tokens.T @ drows,
+    "rows' gradient of combine": weighted @ dy,
+    "weights' gradient of combine": products.sum(0),
+    "gradient of collect": tokens @ dy,
+  }
+  for a, (name, b) in zip(got, want.items(), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("here", [R, 31, 1, 0])
@@ -160,6 +176,8 @@ def test_bad_input():
   x, _, rows, _, weights = operands()
   with pytest.raises(ValueError, match=r"inverse \[T \* k\].*\(62,\)"):
     dispatch(x, order, inverse[1:], K)
+  with pytest.raises(ValueError, match="for k=4"):
+    collect(rows, order, inverse, 4)
   with pytest.raises(ValueError, match=r"order \[R\]"):
     combine(rows, weights, order[1:], inverse)
   with pytest.raises(ValueError, match="'sort'.*reference"):

@@ -143,6 +143,7 @@ def gradient_rhs(
       *ring.barriers(tiling.stages, ring.WARPGROUPS + 1),
       ring.meeting(),
     ),
+    "grouped_gradient_rhs",
   )
   ends = jnp.cumsum(group_sizes.astype(jnp.int32))
   (out,) = kernel(ends - group_sizes.astype(jnp.int32), ends, lhs, grad)
@@ -170,6 +171,7 @@ def _products(lhs, rhs, group_sizes, *, finish, parts, transpose_rhs, tiling):
       ring.staging(half, dtype),
       *ring.barriers(tiling.stages, 1 + sides),
     ),
+    "grouped_matmul" if sides == 1 else "grouped_swiglu",
   )
   return kernel(*row_tiles(group_sizes, rows, tiling.rows, align=8), lhs, rhs.astype(dtype))
 

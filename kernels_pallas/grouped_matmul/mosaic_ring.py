@@ -117,9 +117,10 @@ def store(out, staging, value, row, column, live=None):
     plgpu.commit_smem_to_gmem_group()
 
 
-def kernel(body, outputs, scratch):
+def kernel(body, outputs, scratch, name):
+  """A function of the operands, that starts `body` on every multiprocessor."""
   blocks = 2 if op.interpreted() else gpu.core_count()  # two suffice to see how they share work
-  return plgpu.kernel(
+  call = plgpu.kernel(
     body,
     out_type=outputs,
     scratch_types=scratch,
@@ -127,9 +128,16 @@ def kernel(body, outputs, scratch):
     grid_names=("block",),
     num_threads=WARPGROUPS + 1,
     thread_name="warpgroup",
+    kernel_name=name,
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     interpret=gpu.mosaic_interpreter(),
   )
+
+  def for_target(*args):
+    with op.for_target():
+      return call(*args)
+
+  return for_target
 
 
 def shared(shape, dtype, rows=8):

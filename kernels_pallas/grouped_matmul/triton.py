@@ -113,7 +113,7 @@ def gradient_rhs(
   (rows, depth), width, groups = lhs.shape, grad.shape[1], group_sizes.shape[0]
   tiling = _shrunk(tiling or GRADIENT_RHS, rows, width, depth)
   ends = jnp.cumsum(group_sizes.astype(jnp.int32))
-  out = jax.ShapeDtypeStruct((groups, depth, width), dtype)
+  out = op.shape_like((groups, depth, width), dtype, lhs, grad)
   gpu.check_offsets(lhs, grad, out)
   return _call(
     functools.partial(_gradient_rhs_kernel, tiling=tiling),
@@ -141,7 +141,7 @@ def _products(lhs, rhs, group_sizes, *, finish, outputs, parts, transpose_rhs, t
   )
   return _call(
     kernel,
-    [jax.ShapeDtypeStruct((rows, size), lhs.dtype) for size in sorted(set(outputs))],
+    [op.shape_like((rows, size), lhs.dtype, lhs, rhs) for size in sorted(set(outputs))],
     grid=(pl.cdiv(width, tiling.columns), tile_count(rhs.shape[0], rows, tiling.rows)),
     tiling=tiling,
   )(tiles.group, tiles.start, tiles.high, lhs, rhs)
@@ -249,13 +249,19 @@ def _dot(left, right, left_axis, right_axis):
 
 
 def _call(kernel, out_shape, *, grid, tiling):
-  return pl.pallas_call(
+  call = pl.pallas_call(
     kernel,
     out_shape=out_shape,
     grid=grid,
     compiler_params=plt.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
     interpret=op.interpreted(),
   )
+
+  def for_target(*args):
+    with op.for_target():
+      return call(*args)
+
+  return for_target
 
 
 def _shrunk(tiling, rows, columns, depth):

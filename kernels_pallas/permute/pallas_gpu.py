@@ -30,7 +30,7 @@ def gather(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.zeros((rows, width), x.dtype)
   columns = _columns(width, x.dtype)
   kernel = functools.partial(_gather_kernel, columns=columns)
-  out = jax.ShapeDtypeStruct((rows, width), x.dtype)
+  out = op.shape_like((rows, width), x.dtype, x, index)
   return _call(kernel, out, (pl.cdiv(rows, ROWS), pl.cdiv(width, columns)), x, index)
 
 
@@ -50,8 +50,8 @@ def gather_scaled(
 ) -> tuple[jax.Array, jax.Array]:
   """See `reference.gather_scaled`: one reading of both for the rows and their products."""
   out = (
-    jax.ShapeDtypeStruct(rows.shape, rows.dtype),
-    jax.ShapeDtypeStruct(rows.shape[:1], jnp.float32),
+    op.shape_like(rows.shape, rows.dtype, x, rows),
+    op.shape_like(rows.shape[:1], jnp.float32, x, rows),
   )
   if not x.size or not rows.size:
     return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), out)
@@ -84,7 +84,7 @@ def _gather_scaled_kernel(x, index, scale, rows, out, products, *, columns):
 def weighted_combine(rows: jax.Array, weights: jax.Array | None, inverse: jax.Array) -> jax.Array:
   """See `reference.weighted_combine`."""
   (tokens, slots), width = inverse.shape, rows.shape[1]
-  out = jax.ShapeDtypeStruct((tokens, width), rows.dtype)
+  out = op.shape_like((tokens, width), rows.dtype, rows, inverse)
   if not rows.size or not inverse.size:
     return jnp.zeros(out.shape, out.dtype)
   columns = _columns(width, rows.dtype)
@@ -131,10 +131,12 @@ def _columns(width, dtype):
 
 def _call(kernel, out_shape, grid, *args):
   gpu.check_offsets(*args, *jax.tree.leaves(out_shape))
-  return pl.pallas_call(
+  call = pl.pallas_call(
     kernel,
     out_shape=out_shape,
     grid=grid,
     compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=2),
     interpret=op.interpreted(),
-  )(*args)
+  )
+  with op.for_target():
+    return call(*args)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import gpu, op
+from kernels_pallas import op
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu, mosaic_gpu, triton
 from kernels_pallas.grouped_matmul.row_tiles import row_tiles
 
@@ -39,7 +39,7 @@ def kernels(name, implementation, dtype, kind, backward):
     out, vjp = jax.vjp(call, lhs, rhs)
     return out, *vjp(grad)
 
-  with gpu.lowering_for(kind):
+  with op.target(kind):
     traced = jax.jit(run).trace(lhs, rhs, jax.ShapeDtypeStruct((experts,), jnp.int32), grad)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
   return re.findall(r"stablehlo.custom_call @\S*?(triton|mosaic)", text)
@@ -105,7 +105,7 @@ def lower_any(backend, tiling):
     ),
   )
   errors = []
-  with gpu.lowering_for():
+  with op.target(H100):
     for one in passes:
       try:
         jax.jit(one).trace(lhs, rhs, grad).lower(lowering_platforms=("cuda",))
@@ -116,12 +116,12 @@ def lower_any(backend, tiling):
 
 def test_what_cannot_run_says_why():
   lhs, rhs, sizes, _ = laws.operands("no_tail", jnp.float32)
-  with gpu.lowering_for(), pytest.raises(ValueError, match="float32.*implementation='triton'"):
+  with op.target(H100), pytest.raises(ValueError, match="float32.*implementation='triton'"):
     mosaic_gpu.forward(lhs, rhs, sizes)
   lhs, rhs = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
-  with gpu.lowering_for(), pytest.raises(ValueError, match="64 x 256 in steps of 64"):
+  with op.target(H100), pytest.raises(ValueError, match="64 x 256 in steps of 64"):
     mosaic_gpu.forward(lhs, rhs, sizes, tiling=op.Tiling(rows=64, columns=256, depth=64))
-  with gpu.lowering_for(), pytest.raises(ValueError, match="stages"):
+  with op.target(H100), pytest.raises(ValueError, match="stages"):
     tiling = op.Tiling(rows=128, columns=64, depth=64, stages=1)
     mosaic_gpu.forward(lhs, rhs, sizes, tiling=tiling)
   weights = jax.ShapeDtypeStruct((1 << 10, 1 << 11, (1 << 10) + 1), jnp.bfloat16)
@@ -133,7 +133,7 @@ def test_what_cannot_run_says_why():
 def test_tiles_that_shared_memory_cannot_hold_are_an_error():
   big = op.Tiling(rows=128, columns=256, depth=64, stages=5)
   lhs, rhs, sizes, _ = laws.operands("crossing_tiles", jnp.bfloat16)
-  with gpu.lowering_for(), pytest.raises(ValueError, match="shared memory"):
+  with op.target(H100), pytest.raises(ValueError, match="shared memory"):
     f = functools.partial(mosaic_gpu.forward, tiling=big)
     jax.jit(f).trace(lhs, rhs, sizes).lower(lowering_platforms=("cuda",))
 

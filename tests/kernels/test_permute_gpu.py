@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import gpu, op
+from kernels_pallas import op
 from kernels_pallas.permute import pallas_gpu, reference
 
 # tokens, slots, D, rows that are here: none divides a block.
@@ -82,7 +82,7 @@ def test_they_are_lowered_for_cuda(kind):
   x, rows = (jax.ShapeDtypeStruct((n, 2048), jnp.bfloat16) for n in (8192, 65536))
   index, inverse = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((65536,), (8192, 8)))
   scale, weights = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((65536,), (8192, 8)))
-  with gpu.lowering_for(kind):
+  with op.target(kind):
     traced = jax.jit(moves(pallas_gpu)).trace(x, rows, index, scale, weights, inverse)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("__gpu$xla.gpu.triton") == 4

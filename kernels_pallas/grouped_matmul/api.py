@@ -189,7 +189,6 @@ def _run(implementation, step, *args, **static):
 
 
 def _call(name, step, lhs, other, group_sizes, **static):
-  backend = _backend(name)
   if name != "pallas_tpu":
     static.pop("by_row", None)
   if static.get("transpose_rhs"):
@@ -199,23 +198,25 @@ def _call(name, step, lhs, other, group_sizes, **static):
   shape = lhs.shape[0], group_sizes.shape[0], lhs.shape[1], width
   tiled = name in PLATFORMS
   tiling = op.tuned(f"grouped_matmul.{name}.{pass_name}", shape, lhs.dtype) if tiled else None
-  return getattr(backend, step)(lhs, other, group_sizes, tiling=tiling, **static)
+  return getattr(backend(name), step)(lhs, other, group_sizes, tiling=tiling, **static)
 
 
-def _backend(name):
-  # Imported when they are used: what they import exists where their kernels can be made.
+def backend(name: str):
+  """What has the passes of an implementation; imported when used, since not all can be anywhere."""
   if name == "mosaic_gpu":
-    from kernels_pallas.grouped_matmul import mosaic_gpu as backend
-  elif name == "triton":
-    from kernels_pallas.grouped_matmul import triton as backend
-  else:
-    backend = {
-      "live_blocks": live_blocks,
-      "pallas_tpu": pallas_tpu,
-      "ragged_dot": RaggedDot("jax"),
-      "tokamax": RaggedDot("tokamax"),
-    }[name]
-  return backend
+    from kernels_pallas.grouped_matmul import mosaic_gpu
+
+    return mosaic_gpu
+  if name == "triton":
+    from kernels_pallas.grouped_matmul import triton
+
+    return triton
+  return {
+    "live_blocks": live_blocks,
+    "pallas_tpu": pallas_tpu,
+    "ragged_dot": RaggedDot("jax"),
+    "tokamax": RaggedDot("tokamax"),
+  }[name]
 
 
 def _for_gpu(step, dtype):

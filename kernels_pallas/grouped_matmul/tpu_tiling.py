@@ -68,17 +68,22 @@ def gradient_tiling(rows: int, depth: int, width: int, experts: int, dtype, out_
 
 
 def candidates(shape: tuple[int, int, int, int], dtype) -> tuple[Tiling, ...]:
-  """Tilings worth timing for (R, E, D, F), for all passes; some may not fit the chip."""
+  """Tilings worth timing for (R, E, D, F), for all passes: the default aside, those that may fit.
+
+  Products have no use for a depth (0), which in the weight gradient is the rows of a tile of it.
+  """
   rows, _, depth, width = shape
-  found = [
+  sides = sorted({min(width, c) for c in (256, 512, 1024, 2048)})
+  parts = sorted({min(depth, d) for d in (512, 1024, 2048)})
+  return tuple(
     Tiling(rows=tile, columns=columns, depth=part, step=step)
     for tile in (128, 256, 512, 1024)
     for step in (128, 256, 512)
+    for columns in sides
+    for part in (0, *parts)
     if step <= tile <= max(rows, 128)
-    for columns in sorted({min(width, c) for c in (256, 512, 1024, 2048)})
-    for part in sorted({min(depth, d) for d in (512, 1024, 2048)})
-  ]
-  return tuple(found)
+    and gradient_bytes(tile, part or 128, columns, dtype, dtype) <= op.chip().vmem
+  )
 
 
 def _rows(rows, depth, experts, dtype):

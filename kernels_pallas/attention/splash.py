@@ -2,8 +2,9 @@
 
 Full attention and segment ids are the kernels' own. The limits of block-causal masks go in as the
 positions of its causal form, computed, not tabulated, so that they may depend on the device (a
-shard of a sequence); blocks of scores beyond them are neither fetched nor computed. Lengths that
-blocks do not divide are padded, and the limits hide the padding.
+shard of a sequence); blocks of scores beyond them are neither fetched nor computed. Scores between
+documents of a packed row are computed and then masked. Lengths that blocks do not divide are
+padded, and the limits hide the padding.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _masks(L, S, limits, sizes, interpret):
       return splash_attention_mask_info.MaskInfo(step, None, state, None, limits)
 
     infos = info(keys_next), info(keys_next), info(queries_next)
-  # Compute blocks of 512 keys: half of the scores are in registers' reach at a time.
+  # The scores of half a large block at a time: products can run beside the other's exponentials.
   compute = block_kv // 2 if block_kv % (2 * LANES) == 0 and block_kv > 512 else block_kv
   blocks = _library().BlockSizes(
     block_q=block_q,

@@ -13,7 +13,7 @@ Why not Mosaic: its asynchronous wgmma products and pipelined copies pay where p
 limit. Here a weight takes part in 2 * ROWS operations per 2 bytes, 32 per byte; an H100 could do
 295 (989 TFLOP/s over 3.35 TB/s). Loads in flight are what matters: `STAGES` tiles of 16 KiB per
 block, 6 MB over 128 blocks, where 3.35 TB/s times some 600 ns of latency are 2 MB. Triton also runs
-on GPUs before Hopper.
+on GPUs before Hopper. jax announces the end of this dialect since 0.11; 0.12 still lowers it.
 
 Speed is unmeasured: these kernels were lowered for CUDA, but have run interpreted only.
 """

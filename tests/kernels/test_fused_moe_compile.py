@@ -11,7 +11,6 @@ from jax.sharding import SingleDeviceSharding
 from kernels_pallas import op
 from kernels_pallas.fused_moe import QuantizedExperts, fused_moe
 
-pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu (extra plan)")
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -61,6 +60,7 @@ def shapes(tokens, model, dtype, stored, sharding=None):
   ],
 )
 def test_compiles_for_tpu(chip, tokens, model, dtype, stored):
+  pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu (extra plan)")
   device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
   args = shapes(tokens, model, dtype, stored, SingleDeviceSharding(device))
   with op.target(device.device_kind):

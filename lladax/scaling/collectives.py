@@ -127,9 +127,16 @@ def _collective(kind, visit, instruction, layout, slice_) -> Collective | None:
     bytes=received,
     times=visit.times,
     seconds=busy / layout.bandwidth(group, slice_),
-    op_name=instruction.op_name,
+    op_name=instruction.op_name or _source(visit.computation, instruction),
     size=size,
   )
+
+
+def _source(computation: Computation, instruction: Instruction) -> str:
+  """The name of what a collective reads, for those that the compiler made and gave no name."""
+  known = computation.instructions
+  names = (known[name].op_name for name in instruction.operands if name in known)
+  return next((name for name in names if name), "")
 
 
 def _whole_bytes(kind: str, computation: Computation, instruction: Instruction, devices: int):

@@ -127,12 +127,29 @@ def _collectives(plan: Plan) -> list[str]:
         lines.append(
           f"    {need.purpose:24} {need.kind:18} {'+'.join(need.axes):18} {need.bytes / scale:9.3f}"
         )
+  for collective in scatters_as_all_reduces(plan):
+    lines.append(
+      f"  all-reduce over {'+'.join(collective.axes)}, twice the bytes of the scatter that was meant: "
+      f"{collective.size / scale:.3f} {unit} x {collective.times:.0f}, {short(collective.op_name)}"
+    )
   for collective in plan.whole_slice:
     lines.append(
       "  whole-slice all-reduce where a gather or scatter was meant: "
       f"{collective.size / scale:.3f} {unit} x {collective.times:.0f}, {short(collective.op_name)}"
     )
   return lines
+
+
+def scatters_as_all_reduces(plan: Plan) -> list[Collective]:
+  """Large all-reduces over one axis of more bytes than this mesh needs to all-reduce over it."""
+  found = []
+  for collective in plan.collectives:
+    needs = [n for n in plan.least if n.kind == "all-reduce" and n.axes == collective.axes]
+    large = collective.size > (1 << 20) and collective.axes in (("fsdp",), ("expert",))
+    if collective.kind == "all-reduce" and large:
+      if collective.total_bytes > sum(need.bytes for need in needs):
+        found.append(collective)
+  return found
 
 
 def grouped(collectives: tuple[Collective, ...]) -> dict:

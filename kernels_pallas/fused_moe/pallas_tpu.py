@@ -16,7 +16,7 @@ for. That is free: in bfloat16 a weight (2 bytes) is used for 2 * ROWS = 256 ope
 byte, while a chip computes 240 (v5e), 187 (v5p), 561 (v6e) or 312 (tpu7x) operations in the time of
 a byte (TFLOP/s over TB/s: 197/0.82, 459/2.46, 920/1.64, 2310/7.40, as in JAX's table of TPUs); and
 fewer rows would hardly be faster, a systolic array being loaded with 128 rows of weights at a time.
-In eight bits it is 256 per byte, which v5e and v5p have not quite. With more tokens an expert's own
+In eight bits it is 256 per byte, a little more than v5e and v5p can. With more tokens an expert's own
 rows are gathered in VMEM first (k rows per token, a few vector registers each) and multiplied
 `ROWS` at a time. The product has the same shape in both cases, so results are the same bits.
 
@@ -182,6 +182,7 @@ def _forward(x, gate_up, down, weights, experts, *, rows, tile, interpret):
 
   fill = (0, padded - tokens), (0, 0)
   routed = jnp.pad(x, fill), jnp.pad(experts, fill, constant_values=-1), jnp.pad(weights, fill)
+  # Single rows are moved in 32 bits: two of bfloat16 share a register's sublane.
   routed = [routed[0].astype(jnp.float32)] if gathered else routed
   row_block = pltpu.VMEM((padded, depth), jnp.float32)
   call = pl.pallas_call(

@@ -253,12 +253,18 @@ def test_bad_input():
   wrong = QuantizedExperts(values=stored.values, scales=stored.scales[:, :-1])
   with pytest.raises(ValueError, match=r"scales of gate_up \(6, 32\), got \(6, 31\)"):
     fused_moe(x, wrong, down, weights, experts)
+  huge = [jax.ShapeDtypeStruct((2**24, *w.shape[1:]), w.dtype) for w in (gate_up, down)]
+  with pytest.raises(ValueError, match=r"up to 2\*\*31 weights, got gate_up \(16777216, 16, 32\)"):
+    jax.eval_shape(pallas_gpu.forward, x, *huge, weights, experts)
   many = jnp.zeros((4096, 2048))
   with pytest.raises(ValueError, match="4096 tokens of width 2048 need .*expert_ffn for many"):
     experts = jnp.zeros((4096, 1), jnp.int32)
     pallas_tpu.forward(many, jnp.zeros((1, 2048, 256)), jnp.zeros((1, 128, 2048)), experts, experts)
 
 
-def test_no_tokens():
+def test_no_tokens_and_the_reference_by_name():
   args = operands(T=0)
   assert fused_moe(*args).shape == (0, 16)
+  args = operands(T=5)
+  named = jax.jit(functools.partial(fused_moe, implementation="reference"))
+  np.testing.assert_array_equal(named(*args), reference(*args))

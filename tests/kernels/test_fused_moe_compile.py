@@ -11,7 +11,8 @@ from jax.sharding import SingleDeviceSharding
 from kernels_pallas import op
 from kernels_pallas.fused_moe import QuantizedExperts, fused_moe
 
-os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 # Tokens, D, F, E, k. LLaDA-MoE-7B-A1B; LLaDA2.0-flash; one that tiles do not divide.

@@ -184,14 +184,6 @@ def test_splash_of_many_blocks(monkeypatch, case):
 
 
 @pytest.mark.parametrize("implementation", ["row_blocks", "chunked", "reference"])
-def test_the_offset_may_be_traced(implementation):
-  case = CASES["later_queries"]
-  args = case.operands()
-  got = value_and_gradients(implementation, case, *args, offset=case.offset)
-  assert_close(got, value_and_gradients(implementation, case, *args), 1e-6)
-
-
-@pytest.mark.parametrize("implementation", RUNNABLE)
 def test_blocks_of_one_are_causal(implementation):
   query, key, value, _ = Case(heads=(4, 4)).operands()
 
@@ -199,11 +191,10 @@ def test_blocks_of_one_are_causal(implementation):
   def run(*args):
     return attention(*args, block_length=1, implementation=implementation)
 
-  with op.interpret() if implementation == "splash" else contextlib.nullcontext():
-    before = run(query, key, value)
-    np.testing.assert_allclose(before[:, 0], value[:, 0], rtol=1e-6)  # sees itself alone
-    key, value = key.at[:, 7:].add(3.0), value.at[:, 7:].add(3.0)
-    after = run(query, key, value)
+  before = run(query, key, value)
+  np.testing.assert_allclose(before[:, 0], value[:, 0], rtol=1e-6)  # sees itself alone
+  key, value = key.at[:, 7:].add(3.0), value.at[:, 7:].add(3.0)
+  after = run(query, key, value)
   np.testing.assert_array_equal(after[:, :7], before[:, :7])
   assert (jnp.abs(after[:, 7:] - before[:, 7:]).max((0, 2, 3)) > 0.1).all()
 
@@ -300,13 +291,16 @@ def test_a_kernel_for_another_platform_is_an_error_when_lowered():
 
 
 def test_a_cpu_is_given_row_blocks_and_chunks_where_those_are_too_large(monkeypatch):
-  case = CASES["packed"]
-  args = case.operands()
+  args = CASES["packed"].operands()[:3]
+
+  def operations(implementation):
+    run = jax.jit(lambda *args: attention(*args, implementation=implementation))
+    return run.lower(*args).as_text()
+
+  assert operations("row_blocks") != operations("chunked")
   for limit, name in ((4 * 12 * 12, "row_blocks"), (4 * 12 * 12 - 1, "chunked")):
     monkeypatch.setattr(chunked, "SCORES_PER_CHUNK", limit)
-    chosen = value_and_gradients(None, case, *args)
-    for a, b in zip(chosen, value_and_gradients(name, case, *args), strict=True):
-      np.testing.assert_array_equal(a, b)
+    assert operations(None) == operations(name)
 
 
 @pytest.mark.parametrize("implementation", [None, "chunked"])

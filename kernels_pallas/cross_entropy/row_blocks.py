@@ -9,8 +9,9 @@ How many rows a block has: on a CPU as many as are needed to multiply at full sp
 should stay in its caches. Where products are fast it is the memory's traffic that counts: each
 block reads the matrix twice and reads and writes its float32 gradient, 12 bytes for each of D * V
 numbers, for 6 * b operations on each. At b = 256 that is 128 operations per byte, half of what an
-H100 can do in the time (990 TFLOP/s, 3.35 TB/s: 295); at 1024 it is 512. Twice that would save a
-sixth of all traffic (that of logits remains) and cost as much in the last block's empty half.
+H100 can do in the time (990 TFLOP/s, 3.35 TB/s: 295); at 1024 it is 512. Twice as many would save a
+quarter of all traffic (that of logits remains), and lose as much in the last block, half empty on
+average, where some 4096 rows have a weight.
 """
 
 from __future__ import annotations

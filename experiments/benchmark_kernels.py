@@ -11,8 +11,6 @@ them what a dense product and a copy reach on this device in this run, and what 
 A time is the median over `--rounds` of batches of calls, waited for once; operands take turns, so
 that no cache holds them from the call before. `difference` is the greatest from the first
 implementation that ran, over the greatest number of its result.
-
-Results: README, "Speed of the kernels".
 """
 
 from __future__ import annotations

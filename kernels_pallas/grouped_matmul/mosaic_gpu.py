@@ -8,7 +8,8 @@ either order of 16-bit numbers.
 Shared memory sets the tiles. Of 227 KiB the output takes 32 (two warpgroups, two chunks in flight,
 64 rows of 128 bytes); four stages of (128 + 256) x 64 bfloat16 take 192. The float32 sums of
 64 x 256 fill 128 of a thread's 232 registers, which is the most that leaves room for the rest.
-Lowered and interpreted, not yet timed.
+Compiled by ptxas for sm_90a (168 registers; nothing is spilled but 44 bytes by SwiGLU under jax
+0.10.2) and interpreted; not yet timed.
 """
 
 from __future__ import annotations

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 
 from kernels_pallas import op
 from kernels_pallas.expert_ffn import live_blocks
+from kernels_pallas.grouped_matmul import IMPLEMENTATIONS as PRODUCTS
 from kernels_pallas.grouped_matmul import grouped_matmul, grouped_swiglu
 from kernels_pallas.permute import collect, dispatch
 
 IMPLEMENTATIONS = ("live_blocks", "grouped_matmul")
+# How rows move beside products of a named implementation; beside others as the platform has it.
+ROWS = {"pallas_tpu": "pallas_tpu", "mosaic_gpu": "pallas_gpu", "triton": "pallas_gpu"}
 
 
 def expert_ffn(
@@ -40,7 +43,8 @@ def expert_ffn(
       (on another device), and it adds nothing here.
     group_sizes: int32[E], slots per expert; they add up to at most R.
     implementation: one of `IMPLEMENTATIONS`; None chooses by the platform that is lowered for:
-      `live_blocks` on CPU, `grouped_matmul` elsewhere.
+      `live_blocks` on CPU, `grouped_matmul` elsewhere, with what that chooses. Any implementation
+      of the grouped matmul may be named instead, such as "ragged_dot", to compare with.
 
   Returns:
     [T, D] in the dtype of `x`; the combine is summed in float32.
@@ -59,8 +63,9 @@ def expert_ffn(
     raise ValueError(
       f"expected order [R] and inverse [{weights.size}], got {order.shape} and {inverse.shape}"
     )
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
+  names = tuple(dict.fromkeys([*IMPLEMENTATIONS, *PRODUCTS]))
+  if implementation not in (None, *names):
+    raise ValueError(f"unknown implementation {implementation!r}; one of {names}")
   args = x, gate_up, down, weights, order, inverse, group_sizes
   if implementation == "live_blocks":
     return _live_blocks(*args)
@@ -68,7 +73,7 @@ def expert_ffn(
   # any of them keeps for the backward pass.
   if implementation is None and op.target_platform() == "cpu":
     return op.by_platform(*args, cpu=_live_blocks, tpu=_passes, cuda=_passes)
-  return _passes(*args)
+  return _passes(*args, None if implementation == "grouped_matmul" else implementation)
 
 
 _live_blocks = jax.custom_vjp(live_blocks.forward)
@@ -86,17 +91,20 @@ def _live_blocks_bwd(residuals, grad):
 _live_blocks.defvjp(_live_blocks_fwd, _live_blocks_bwd)
 
 
-def _passes(x, gate_up, down, weights, order, inverse, group_sizes):
+def _passes(x, gate_up, down, weights, order, inverse, group_sizes, products=None):
   """Dispatch, SwiGLU, down-projection, sum over slots: the form for accelerators.
 
   The slot's weight multiplies the hidden activations instead of the output, which is the same sum:
   the backward pass then needs no output, and where activations are computed again the
-  down-projection is not. (A gather of the weights is `dispatch` of rows of one number.)
+  down-projection is not.
   """
   k = weights.shape[1]
-  scale = dispatch(weights.reshape(-1, 1).astype(jnp.float32), order, inverse, 1)  # [R, 1]
-  rows = dispatch(x, order, inverse, k)  # [R, D]
-  hidden = grouped_swiglu(rows, gate_up, group_sizes, by_row=True)  # [R, F]
+  moved = dict(implementation=ROWS.get(products))
+  made = dict(implementation=products, by_row=True)
+  # [R, 1] and [R, D]; a row of one number is for XLA to gather.
+  scale = dispatch(weights.reshape(-1, 1).astype(jnp.float32), order, inverse, 1)
+  rows = dispatch(x, order, inverse, k, **moved)
+  hidden = grouped_swiglu(rows, gate_up, group_sizes, **made)  # [R, F]
   hidden = (hidden.astype(jnp.float32) * scale).astype(x.dtype)
-  out = grouped_matmul(hidden, down, group_sizes, by_row=True)  # [R, D]
-  return collect(out, order, inverse, k)
+  out = grouped_matmul(hidden, down, group_sizes, **made)  # [R, D]
+  return collect(out, order, inverse, k, **moved)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import op
 from kernels_pallas.expert_ffn import IMPLEMENTATIONS, expert_ffn
 from kernels_pallas.expert_ffn.reference import expert_ffn as reference
 
@@ -73,8 +74,8 @@ def test_shapes_that_do_not_fit():
     expert_ffn(args[0], args[1][:, :-1], *args[2:], order, inverse, sizes)
   with pytest.raises(ValueError, match=r"order \[R\] and inverse \[192\]"):
     expert_ffn(*args, order, inverse[:-1], sizes)
-  with pytest.raises(ValueError, match="unknown implementation 'triton'"):
-    expert_ffn(*args, order, inverse, sizes, implementation="triton")
+  with pytest.raises(ValueError, match="unknown implementation 'cuda'.*live_blocks"):
+    expert_ffn(*args, order, inverse, sizes, implementation="cuda")
 
 
 def part_of_plan(experts, first, count, room):
@@ -110,5 +111,28 @@ def test_experts_in_two_places_add_up_to_all_of_them(implementation):
       total += expert_ffn(x, gate_up[own], down[own], weights, *plan, implementation=implementation)
     return total
 
-  for a, b in zip(run(parts), run(lambda *a: reference(*a, experts)), strict=True):
+  for a, b in zip(run(parts), run(lambda *some: reference(*some, experts)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+  "implementation",
+  ["pallas_tpu", "ragged_dot", pytest.param("triton", marks=pytest.mark.slow)],
+)
+def test_the_form_for_accelerators_runs_on_the_products_that_are_named(implementation):
+  """Rows of whole lanes, so that the TPU's are stored as they are copied."""
+  *args, experts, grad = operands(T=24, D=256, E=3, F=128)
+  args[3] = args[3] / args[3].max()
+  sorted_slots = plan(experts, 3)
+
+  def run(f):
+    out, vjp = jax.vjp(f, *args)
+    return out, *vjp(grad)
+
+  with op.interpret():
+    got = jax.jit(
+      lambda: run(lambda *a: expert_ffn(*a, *sorted_slots, implementation=implementation))
+    )()
+  want = run(lambda *a: reference(*a, experts))
+  for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))

@@ -81,7 +81,7 @@ CASES = {
     lambda x, order, inverse: dispatch(x, order, inverse, K),
     (((T, D), bf16), *ROUTE),
     wrt=(0,),
-    temp=R * D * 2 + T * D * 2 + 2 * MIB,
+    temp=R * D * 2 + 2 * T * D * 2 + 2 * MIB,
   ),
   "collect": Case(
     lambda rows, order, inverse: collect(rows, order, inverse, K),

@@ -1,10 +1,13 @@
-"""Eight fake CPU devices for every test, and little optimisation; set before JAX is imported."""
+"""Eight fake CPU devices for every test, and little optimisation; set before JAX is imported.
+
+JAX_PLATFORMS=cuda in the environment leaves the GPU to tests/kernels/test_on_gpu.py.
+"""
 
 import os
 
 import pytest
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
   flags += " --xla_force_host_platform_device_count=8"

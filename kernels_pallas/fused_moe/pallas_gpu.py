@@ -140,7 +140,8 @@ def _kernel(
     )
 
   zeros = jnp.zeros((rows, columns), jnp.float32)
-  steps = jnp.where(start < high, pl.cdiv(count, depth), 0)
+  # No `where`: Triton's lowering gives one of scalars the type of its condition.
+  steps = (start < high).astype(jnp.int32) * pl.cdiv(count, depth)
   products = lax.fori_loop(0, steps, step, (zeros,) * parts)
   if scaled:
     products = [

@@ -24,7 +24,7 @@ from lladax.hub.plan import Plan, Region, abstract, fill, make_plan, named_leave
 from lladax.hub.reader import Folder, open_folder
 from lladax.hub.source import Source, find, source_of
 from lladax.models import ModelConfig, init_variables
-from lladax.sharding import param_shardings
+from lladax.sharding import param_shardings, use_mesh
 
 # CPU arrays that begin at a multiple of this are used by XLA as they lie.
 ALIGNMENT = 64
@@ -110,23 +110,14 @@ def shardings_of(config: ModelConfig, mesh: jax.sharding.Mesh | None) -> dict[st
   """Sharding of every parameter by path.
 
   Raises:
-    ValueError: naming a parameter that does not divide over the mesh.
+    ValueError: if the model's heads or experts do not divide over the mesh.
   """
   if mesh is None:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return dict.fromkeys(named_leaves(abstract(config)), here)
-  variables = jax.eval_shape(functools.partial(init_variables, config), jax.random.key(0))
-  shardings = named_leaves(param_shardings(mesh, variables["params"]))
-  for path, leaf in named_leaves(abstract(config)).items():
-    try:
-      shardings[path].shard_shape(leaf.shape)
-    except ValueError:
-      sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-      raise ValueError(
-        f"{path} {list(leaf.shape)} does not divide over the mesh ({sizes}) as "
-        f"{shardings[path].spec}; choose other sizes of the mesh"
-      ) from None
-  return shardings
+  with use_mesh(mesh):
+    variables = jax.eval_shape(functools.partial(init_variables, config), jax.random.key(0))
+  return named_leaves(param_shardings(mesh, variables["params"]))
 
 
 def tree_of(config: ModelConfig, arrays: Mapping[str, Any]):

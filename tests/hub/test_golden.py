@@ -73,9 +73,9 @@ def test_llada2_golden_with_equal_scores():
 def run_and_watch(config, params, tokens, monkeypatch):
   """Logits, and bool[n, T, E]: the experts that each routed layer chooses for each token."""
 
-  def choices(logits, routing, valid=None):
+  def choices(logits, routing, valid=None, **on_mesh):
     chosen = (routing.experts[..., None] == jnp.arange(logits.shape[-1])).any(1)
-    return router_stats(logits, routing, valid).replace(load=chosen)
+    return router_stats(logits, routing, valid, **on_mesh).replace(load=chosen)
 
   with monkeypatch.context() as patch:
     patch.setattr(moe_layer, "router_stats", choices)

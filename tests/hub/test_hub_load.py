@@ -150,7 +150,7 @@ def test_a_config_of_another_model_is_refused(folder, changes, message):
 
 
 def test_a_mesh_that_does_not_divide_is_named():
-  with pytest.raises(ValueError, match="key/bias .* does not divide .*tensor 4"):
+  with pytest.raises(ValueError, match="2 key heads do not divide .* as 4 heads do"):
     load(GOLDENS / "dream", mesh=make_mesh(MeshConfig(data=2, tensor=4)))
 
 

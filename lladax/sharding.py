@@ -261,6 +261,11 @@ def spec(shape: Sequence[int], *names: str | None) -> PartitionSpec:
   return PartitionSpec(*[None] * len(shape)) if mesh is None else partition(mesh, shape, names)
 
 
+def joined(*dims) -> PartitionSpec:
+  """A spec of dimensions taken from others; of none: the same on all devices."""
+  return PartitionSpec(*dims)
+
+
 def on_devices(f: Callable, in_specs: tuple, out_specs, *args):
   """f(*args), each device on its parts: a `shard_map` with every axis of the mesh manual.
 

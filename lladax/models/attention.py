@@ -13,7 +13,7 @@ from flax import struct
 from kernels_pallas.attention import attention
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.layers import Projection, RMSNorm, rotate
-from lladax.sharding import on_devices, spec
+from lladax.sharding import joined, on_devices, spec
 from lladax.types import BoolPerToken, SegmentIds
 
 
@@ -76,7 +76,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
   """
   axes = ("batch", "length", "heads", None)
   of_query, of_key = spec(query.shape, *axes), spec(key.shape, *axes)
-  of_ids = type(of_query)(*of_query[:2])
+  of_ids = joined(*of_query[:2])
   heads, kv_heads = query.shape[2], key.shape[2]
   if of_query[2] != of_key[2]:
     raise ValueError(

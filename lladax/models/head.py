@@ -6,7 +6,7 @@ import jax
 
 from kernels_pallas.cross_entropy import weighted_nll
 from kernels_pallas.op import vary_like
-from lladax.sharding import axes_in, gather, on_devices, spec, total
+from lladax.sharding import axes_in, gather, joined, on_devices, spec, total
 
 
 def weighted_nll_on_mesh(hidden, kernel, axes, targets, weights) -> tuple[jax.Array, jax.Array]:
@@ -35,8 +35,8 @@ def weighted_nll_on_mesh(hidden, kernel, axes, targets, weights) -> tuple[jax.Ar
     )
     return total(loss, split), nll.reshape(targets.shape)
 
-  of_hidden = type(rows)(*rows, None)
+  of_hidden = joined(*rows, None)
   loss, nll = on_devices(
-    local, (of_hidden, lies, rows, rows), (type(rows)(), rows), hidden, kernel, targets, weights
+    local, (of_hidden, lies, rows, rows), (joined(), rows), hidden, kernel, targets, weights
   )
   return loss, jax.lax.stop_gradient(nll)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kernels_pallas.linear import linear
 from kernels_pallas.op import vary_like
 from kernels_pallas.rms_norm import rms_norm
-from lladax.sharding import axes_in, axes_of, gather, keep, on_devices, spec, total
+from lladax.sharding import axes_in, axes_of, gather, joined, keep, on_devices, spec, total
 
 
 class RMSNorm(nn.Module):
@@ -55,12 +55,12 @@ class Embedding(nn.Module):
   initializer_range: float = 0.02
   param_dtype: jnp.dtype = jnp.float32
 
+  AXES = ("vocab_rows", "embed_columns")
+
   def setup(self):
     init = nn.initializers.normal(self.initializer_range)
     init = nn.with_logical_partitioning(init, self.AXES)
     self.embedding = self.param("embedding", init, (self.vocab_size, self.width), self.param_dtype)
-
-  AXES = ("vocab_rows", "embed_columns")
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     table = self.embedding
@@ -73,7 +73,9 @@ class Embedding(nn.Module):
       for axis in travels:
         if axis in axes_in(*rows):
           ids = jax.lax.all_gather(ids, axis, tiled=True)
-      x = table.astype(self.dtype)[ids]
+      # Cast after the lookup: MASK is half of all tokens, and its gradient is summed in the dtype of
+      # the table.
+      x = table[ids].astype(self.dtype)
       for axis in reversed(travels):  # minor first
         if axis in axes_in(*rows):
           x = jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=1, tiled=True)
@@ -81,7 +83,7 @@ class Embedding(nn.Module):
           x = jax.lax.all_gather(x, axis, axis=1, tiled=True, to="invarying")
       return x.reshape(*tokens.shape, -1)
 
-    return on_devices(local, (table_spec, rows), type(rows)(*rows, stays), table, tokens)
+    return on_devices(local, (table_spec, rows), joined(*rows, stays), table, tokens)
 
 
 def rotary_tables(positions: jax.Array, size: int, theta: float, dtype) -> tuple:
@@ -173,7 +175,7 @@ def project(x: jax.Array, kernel: jax.Array, axes: tuple[str, ...], *, inputs=1,
       y = jnp.dot(flat_x, flat, preferred_element_type=dtype)
     return total(y, contracted).reshape(*x.shape[:2], *features)
 
-  of_x, of_y = type(lead)(*lead, *stays[:inputs]), type(lead)(*lead, *stays[inputs:])
+  of_x, of_y = joined(*lead, *stays[:inputs]), joined(*lead, *stays[inputs:])
   return on_devices(local, (of_x, lies), of_y, x, kernel)
 
 

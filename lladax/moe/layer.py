@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lladax.moe.expert_parallel import Exchange, Experts, Fsdp
 from lladax.moe.router import Router, RouterStats, TopKSoftmax, router_stats
-from lladax.sharding import axes_in, on_devices, spec
+from lladax.sharding import axes_in, joined, on_devices, spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class MoELayer(nn.Module):
       rows=axes_in(*rows),
     )
     config.exchange.check(experts)
-    whole = type(rows)()
+    whole = joined()
 
     def local(x, router, gate_up, down, bias, valid):
       tokens = x.reshape(-1, width)  # [T, D]
@@ -105,7 +105,7 @@ class MoELayer(nn.Module):
 
     return on_devices(
       local,
-      (rows, whole, experts.gate_up, experts.down, whole, type(rows)(*rows[:2])),
+      (rows, whole, experts.gate_up, experts.down, whole, joined(*rows[:2])),
       (rows, whole),
       *(x, router, gate_up, down, bias, valid),
     )

@@ -9,7 +9,7 @@ import pytest
 
 from lladax.models import abstract_params, full, tiny
 from lladax.models.attention import Attention
-from lladax.models.layers import Projection, RMSNorm, rotary_tables, rotate
+from lladax.models.layers import Embedding, Projection, RMSNorm, rotary_tables, rotate
 
 B, L, N, H = 2, 7, 3, 8
 EPS = 1e-5
@@ -178,3 +178,12 @@ def test_projection_contracts_the_last_axes():
   assert params["kernel"].shape == (4, 5, 6)
   want = np.einsum("blnh,nhd->bld", x, params["kernel"])
   np.testing.assert_allclose(layer.apply({"params": params}, x), want, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_a_token_that_is_everywhere_is_summed_in_float32():
+  """MASK is half of all tokens: in bfloat16 a sum of ones stops at 256."""
+  layer = Embedding(4, 2, jnp.bfloat16)
+  tokens = jnp.full((2, 2048), 3)
+  params = nn.meta.unbox(layer.init(jax.random.key(0), tokens))
+  grads = jax.grad(lambda params: layer.apply(params, tokens).astype(jnp.float32).sum())(params)
+  np.testing.assert_array_equal(grads["params"]["embedding"][3], [4096, 4096])

@@ -224,16 +224,17 @@ class Ring(_InPlace):
   """
 
   def route(self, experts, num_experts, place):
-    experts = lax.all_gather(experts, AXIS, tiled=True)
+    experts = _of_all(experts)
     tokens, k = experts.shape
     room = self.room(tokens * min(k, num_experts), tokens * k * num_experts // place.num_experts)
     first = first_expert(place.split, num_experts)
     return make_plan(experts, num_experts, first=first, room=room)
 
   def exchange(self, x, weights, gate_up, down, route, implementation):
-    x, weights = (lax.all_gather(a, AXIS, tiled=True) for a in (x, weights))
+    tokens = x.shape[0]
+    x, weights = _of_all(x), _of_all(weights)
     y = _compute(x, weights, gate_up, down, route, implementation)
-    return lax.psum_scatter(y, AXIS, tiled=True)
+    return lax.psum_scatter(y.reshape(-1, tokens, y.shape[1]), AXIS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,6 +279,15 @@ class Ragged(_InPlace):
       return exchange_rows(rows, route.counts.T, route.plan.order.shape[0], AXIS)
 
     return _there_and_back(x, weights, gate_up, down, route, implementation, there, back)
+
+
+def _of_all(x: jax.Array) -> jax.Array:
+  """[T, ...] of every device along `AXIS` -> [N * T, ...].
+
+  Gathered along an axis of its own, and scattered so on the way back: XLA for TPUs (libtpu 0.0.50)
+  makes an all-reduce of twice the bytes of a scatter along the rows.
+  """
+  return lax.all_gather(x, AXIS).reshape(-1, *x.shape[1:])
 
 
 def _there_and_back(x, weights, gate_up, down, route, implementation, there, back):

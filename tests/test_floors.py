@@ -153,7 +153,17 @@ def test_kernels_import_jax_alone():
       names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
       roots = {name.split(".")[0] for name in names}
       known = {"__future__", "argparse", "collections", "contextlib", "contextvars", "dataclasses"}
-      known |= {"functools", "itertools", "json", "math", "os", "pathlib", "time", "types", "typing"}
+      known |= {
+        "functools",
+        "itertools",
+        "json",
+        "math",
+        "os",
+        "pathlib",
+        "time",
+        "types",
+        "typing",
+      }
       # numpy comes with JAX; tokamax is there to compare with.
       assert roots <= known | {"jax", "kernels_pallas", "numpy", "tokamax"}, path
 

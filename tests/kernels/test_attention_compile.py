@@ -99,6 +99,7 @@ def assert_no_scores(generation, mask):
   assert temp < SCORES / 6, f"{temp / 2**20:.0f} MiB"
 
 
+@pytest.mark.slow
 def test_a_v5e_holds_no_scores():
   assert_no_scores("v5e", "packed block-causal")
 

@@ -22,6 +22,7 @@ def command(*arguments):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_one_run_prints_a_table_and_writes_json(tmp_path):
   path = tmp_path / "kernels.json"
   flags = "--size=tiny --rounds=2 --batch_seconds=0 --notorch".split()

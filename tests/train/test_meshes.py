@@ -79,8 +79,8 @@ def on_one_device() -> np.ndarray:
   [
     (Fsdp(), MeshConfig(fsdp=2, expert=2, context=2)),
     (Ring(buffer_factor=1.5), MeshConfig(data=1, expert=4, tensor=2)),
-    (AllToAll(), MeshConfig(data=2, fsdp=2, expert=2)),
-    (Ragged(), MeshConfig(data=1, expert=4)),
+    pytest.param(AllToAll(), MeshConfig(data=2, fsdp=2, expert=2), marks=pytest.mark.slow),
+    pytest.param(Ragged(), MeshConfig(data=1, expert=4), marks=pytest.mark.slow),
   ],
   ids=lambda x: repr(x).split("(")[0],
 )

@@ -10,6 +10,7 @@ import unittest.mock
 
 import jax
 import numpy as np
+import pytest
 
 from lladax.config import to_json
 from lladax.data import DataConfig
@@ -53,6 +54,7 @@ def records(workdir):
   ]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_experts_and_train_as_one(tmp_path):
   rng = np.random.default_rng(0)
   corpus = tmp_path / "corpus"

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import gpu, op
-from kernels_pallas.grouped_matmul import live_blocks, pallas_tpu, reference
+from kernels_pallas.grouped_matmul import live_blocks, reference
 from kernels_pallas.grouped_matmul.ragged_dot import RaggedDot
 
 IMPLEMENTATIONS = (
@@ -202,7 +202,13 @@ def _call(name, step, lhs, other, group_sizes, **static):
 
 
 def backend(name: str):
-  """What has the passes of an implementation; imported when used, since not all can be anywhere."""
+  """What has the passes of an implementation; imported when used, since Pallas takes time, and not
+  all can be anywhere.
+  """
+  if name == "pallas_tpu":
+    from kernels_pallas.grouped_matmul import pallas_tpu
+
+    return pallas_tpu
   if name == "mosaic_gpu":
     from kernels_pallas.grouped_matmul import mosaic_gpu
 
@@ -213,7 +219,6 @@ def backend(name: str):
     return triton
   return {
     "live_blocks": live_blocks,
-    "pallas_tpu": pallas_tpu,
     "ragged_dot": RaggedDot("jax"),
     "tokamax": RaggedDot("tokamax"),
   }[name]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import op
-from kernels_pallas.permute import pallas_tpu, reference
+from kernels_pallas.permute import reference
 
 IMPLEMENTATIONS = ("reference", "pallas_tpu", "pallas_gpu")
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
@@ -206,8 +206,11 @@ def _run(implementation, name, *args, around=None):
 
 
 def _backend(name):
+  # Imported when used, since Pallas takes time.
   if name == "pallas_gpu":
-    from kernels_pallas.permute import pallas_gpu
-
-    return pallas_gpu
-  return {"reference": reference, "pallas_tpu": pallas_tpu}[name]
+    from kernels_pallas.permute import pallas_gpu as backend
+  elif name == "pallas_tpu":
+    from kernels_pallas.permute import pallas_tpu as backend
+  else:
+    backend = reference
+  return backend

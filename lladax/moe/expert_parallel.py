@@ -30,7 +30,7 @@ from kernels_pallas.op import vary_like
 from kernels_pallas.permute import combine, dispatch
 from lladax.moe.dispatch import Plan, make_plan
 from lladax.moe.route import AXIS, exchange_rows, first_expert, make_route
-from lladax.sharding import axes_of, gather, total
+from lladax.sharding import axes_of, gather, mesh_in_use, total
 
 OVERFLOW = ("gather", "drop")
 NONE = np.int32(0)  # slots dropped
@@ -163,8 +163,8 @@ class _InPlace(Exchange):
     return self.buffer_factor is not None and self.on_overflow == "drop"
 
   def check(self, experts: Experts):
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {} if mesh.empty else {axis: mesh.shape[axis] for axis in ("tensor", AXIS)}
+    mesh = mesh_in_use()
+    sizes = {axis: mesh.shape[axis] for axis in ("tensor", AXIS)} if mesh else {}
     wanted = {axis: size for axis, size in sizes.items() if size > 1}
     if set(experts.split) != set(wanted):
       devices, E = math.prod(wanted.values()), experts.num_experts

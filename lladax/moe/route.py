@@ -24,13 +24,16 @@ class Route:
     counts: int32[N, N], rows from each device (first axis) to each other.
     experts: int32[R], the expert of each row that arrives, counted among the device's own; their
       number where no row arrives.
-    dropped: int32[], slots of this device that nobody has room for.
   """
 
   plan: Plan
   counts: jax.Array
   experts: jax.Array
-  dropped: jax.Array
+
+  @property
+  def dropped(self) -> jax.Array:
+    """int32[], slots of this device that nobody has room for."""
+    return self.plan.dropped
 
 
 def first_expert(split: tuple[str, ...], num_experts: int) -> jax.Array | int:
@@ -75,7 +78,6 @@ def make_route(
                  starts, rows),
     counts=counts,
     experts=_arriving(sizes[:, me], slots, room),
-    dropped=(wanted - counts)[me].sum(),
   )  # fmt: skip
 
 

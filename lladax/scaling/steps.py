@@ -162,22 +162,18 @@ def _reached(module: Module, computation: Computation) -> set[str]:
 
 
 def check_divides(config: Experiment, mesh: jax.sharding.Mesh):
-  """What would fail deep inside the compiler, said here.
+  """What the layers do not refuse by themselves.
 
   Raises:
     ConfigError: naming the size and what it must divide by.
   """
-  sizes, model = dict(mesh.shape), config.model
+  sizes = dict(mesh.shape)
   rows = config.data.batch_size // config.microbatches
   shards = math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp", "expert"))
   checks = [
     (rows, shards, "rows of a microbatch (data.batch_size / microbatches)", "data x fsdp x expert"),
     (config.data.length, sizes.get("context", 1), "data.length", "context"),
   ]
-  if model.moe is not None and type(model.moe.exchange).__name__ != "Fsdp":
-    checks.append(
-      (model.moe.num_experts, sizes.get("expert", 1), "model.moe.num_experts", "expert")
-    )
   for size, devices, what, axes in checks:
     if size % devices:
       least = "" if size > devices or "rows" not in what else f", at least {devices}"

@@ -44,7 +44,7 @@ def no_compiler(monkeypatch):
     ({"set": ("model.hidden_sizes=8",)}, "hidden_size"),
     (
       {"mesh": "expert=8", "exchange": "Ring", "set": (*SMALL, "model.moe.num_experts=6")},
-      "num_experts = 6 does not divide by the 8",
+      "6 experts do not divide over 8 devices",
     ),
     ({"decode": True, "rows": ("a",)}, "--rows are whole numbers"),
   ],

@@ -60,7 +60,10 @@ def experiment(corpus, **changes):
 def open_on_one_device(config, workdir):
   """`open_run` with a mesh of one of the eight devices: it compiles in a third of the time."""
   one = functools.partial(make_mesh, devices=jax.devices()[:1])
-  with unittest.mock.patch("lladax.experiment.make_mesh", one), open_run(config, workdir) as run:
+  with (
+    unittest.mock.patch("lladax.experiment.run.make_mesh", one),
+    open_run(config, workdir) as run,
+  ):
     yield run
 
 

@@ -113,7 +113,7 @@ def test_imports_go_one_way():
     ("lladax/infer/view.py", "from lladax.models.transformer import Transformer"),
     ("lladax/train/loop.py", "from lladax import model"),
     ("lladax/train/loop.py", "import lladax"),
-    ("lladax/experiment.py", "from experiments import tiny_text"),
+    ("lladax/experiment/run.py", "from experiments import tiny_text"),
     ("kernels_pallas/live_blocks.py", "from lladax.types import Batch"),
     ("lladax/a_new_room/file.py", "from lladax.types import Batch"),
   ],

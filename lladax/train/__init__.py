@@ -1,6 +1,7 @@
 """Training: optimizer, state, step, checkpoints, metrics and the loop."""
 
 from lladax.train.checkpoint import CheckpointError, Checkpoints, load_params
+from lladax.train.diffusion import make_diffusion_step
 from lladax.train.heldout import heldout_bound
 from lladax.train.loop import (
   NonFiniteError,
@@ -43,6 +44,7 @@ __all__ = [
   "init_state",
   "learning_rate",
   "load_params",
+  "make_diffusion_step",
   "make_optimizer",
   "make_train_step",
   "place",

@@ -85,7 +85,7 @@ def test_two_processes_share_the_experts_and_train_as_one(tmp_path):
   assert first and second and not first & second  # neither has the other's experts
 
   with unittest.mock.patch(
-    "lladax.experiment.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:4])
+    "lladax.experiment.run.make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:4])
   ):
     with open_run(config, tmp_path / "one") as run:
       train(run)

@@ -1,0 +1,81 @@
+"""An experiment as one config: everything that decides how a run goes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lladax.data import DataConfig
+from lladax.diffusion import Objective
+from lladax.infer import SamplerConfig
+from lladax.models import ModelConfig
+from lladax.sharding import MeshConfig
+from lladax.train import OptimizerConfig, make_optimizer
+
+# A run may be resumed with other values of these: they change neither its noise nor its data nor
+# its mathematics, or (steps) say how long it goes on.
+RESUMABLE = (
+  "steps", "microbatches", "mesh", "sampler", "log_every", "eval_every", "save_every", "keep",
+  "keep_every", "max_nonfinite", "data.prefetch", "model.remat", "model.scan_unroll",
+  "model.moe.exchange", "model.moe.implementation",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """Everything that decides how a run goes.
+
+  Attributes:
+    name: of the run; its default workdir is `runs/<name>`.
+    model: the network. Its special ids are set to those of the tokenizer.
+    objective: the loss and the noise.
+    data: text, tokenizer and batches.
+    optimizer: AdamW and its learning rate.
+    sampler: how the trained model decodes unless told otherwise.
+    mesh: devices by axis.
+    seed: of the parameters and of the noise; the order of the data has its own.
+    steps: length of the run.
+    microbatches: parts of the batch that go through the network one after the other.
+    log_every: steps per record of the metrics.
+    eval_every: steps between evaluations.
+    save_every: steps between checkpoints.
+    keep: checkpoints kept, the newest.
+    keep_every: multiples of this step are kept besides.
+    max_nonfinite: steps in a row with a loss or gradient that is not finite, at which a run ends.
+
+  Raises:
+    ValueError: for numbers out of range, or parts that do not fit each other.
+  """
+
+  name: str
+  model: ModelConfig
+  objective: Objective = Objective()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  sampler: SamplerConfig = SamplerConfig()
+  mesh: MeshConfig = MeshConfig()
+  seed: int = 0
+  steps: int = 1000
+  microbatches: int = 1
+  log_every: int = 10
+  eval_every: int = 500
+  save_every: int = 500
+  keep: int = 2
+  keep_every: int | None = None
+  max_nonfinite: int = 20
+
+  def __post_init__(self):
+    for field in ("steps", "microbatches", "log_every", "eval_every", "save_every", "keep",
+                  "max_nonfinite"):  # fmt: skip
+      if getattr(self, field) < 1:
+        raise ValueError(f"{field} is at least 1; got {getattr(self, field)}")
+    if self.data.batch_size % self.microbatches:
+      raise ValueError(
+        f"data.batch_size {self.data.batch_size} does not split into {self.microbatches} "
+        "microbatches"
+      )
+    if self.data.length > self.model.max_position_embeddings:
+      raise ValueError(
+        f"data.length {self.data.length} is longer than the model's context, "
+        f"model.max_position_embeddings {self.model.max_position_embeddings}"
+      )
+    make_optimizer(self.optimizer, self.steps)

@@ -22,7 +22,7 @@ import sys
 from absl import app, flags, logging
 
 from lladax.config import ConfigError, fields_help, override
-from lladax.experiment import Experiment
+from lladax.experiment import Experiment, chosen
 from lladax.scaling import aot, decode, mesh_rule, report
 from lladax.scaling.chips import CHIPS, GIB, Slice, describe, parse_slice
 from lladax.scaling.plan import Plan, fit_microbatches, plan_training
@@ -55,7 +55,10 @@ class Options:
 
 def define_flags():
   flags.DEFINE_string(
-    "experiment", None, "Module with a config(): a name in experiments/, or a.dotted.module."
+    "experiment",
+    None,
+    "Module with a config(): a name in experiments/, or a.dotted.module; "
+    "name:stage for one of its stages.",
   )
   flags.DEFINE_string("topology", None, "Slice, as generation:shape. There are\n" + SLICES)
   flags.DEFINE_string(
@@ -219,7 +222,8 @@ def table(options: Options, arguments) -> int:
 
 
 def experiment_named(name: str) -> Experiment:
-  """The config of `experiments/<name>.py`, or of a dotted module."""
+  """The config of `experiments/<name>.py` or of a dotted module; `name:stage` is that of a stage."""
+  name, _, variant = name.partition(":")
   module = name if "." in name else f"experiments.{name}"
   try:
     found = importlib.import_module(module)
@@ -232,7 +236,10 @@ def experiment_named(name: str) -> Experiment:
                       "a.dotted.module") from error  # fmt: skip
   if not hasattr(found, "config"):
     raise ConfigError(f"{module} has no config() and is no experiment")
-  return found.config()
+  experiments = chosen(found.config, getattr(found, "STAGES", ()), variant)
+  if len(experiments) > 1:
+    raise ConfigError(f"a plan is of one stage of {name}; got {variant!r}")
+  return experiments[0]
 
 
 def slice_named(text: str) -> Slice:

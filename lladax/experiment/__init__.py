@@ -4,13 +4,19 @@ An experiment file has `config()`, which builds an `Experiment`, and `train(conf
 opens a run and trains it; `main(config, train)` makes a command of them.
 """
 
-from lladax.experiment.command import main, run_command
+from lladax.experiment.command import chosen, main, run_command
 from lladax.experiment.config import Experiment
 from lladax.experiment.run import Run, open_run, train, train_step, with_special_ids
+from lladax.experiment.start import AtStep, Best, Latest, Start
 
 __all__ = [
+  "AtStep",
+  "Best",
   "Experiment",
+  "Latest",
   "Run",
+  "Start",
+  "chosen",
   "main",
   "open_run",
   "run_command",

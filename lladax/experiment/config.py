@@ -6,16 +6,18 @@ import dataclasses
 
 from lladax.data import DataConfig
 from lladax.diffusion import Objective
+from lladax.experiment.start import Best, Start
 from lladax.infer import SamplerConfig
 from lladax.models import ModelConfig
 from lladax.sharding import MeshConfig
 from lladax.train import OptimizerConfig, make_optimizer
 
 # A run may be resumed with other values of these: they change neither its noise nor its data nor
-# its mathematics, or (steps) say how long it goes on.
+# its mathematics but for rounding, or (steps) say how long it goes on.
 RESUMABLE = (
   "steps", "microbatches", "mesh", "sampler", "log_every", "eval_every", "save_every", "keep",
-  "keep_every", "max_nonfinite", "data.prefetch", "model.remat", "model.scan_unroll",
+  "keep_every", "keep_best", "max_nonfinite", "profile_steps", "data.prefetch", "model.dtype",
+  "model.param_dtype", "model.remat", "model.scan_unroll",
   "model.moe.exchange", "model.moe.implementation",
 )  # fmt: skip
 
@@ -32,6 +34,7 @@ class Experiment:
     optimizer: AdamW and its learning rate.
     sampler: how the trained model decodes unless told otherwise.
     mesh: devices by axis.
+    start: another run, or released weights, to begin with; None: fresh parameters.
     seed: of the parameters and of the noise; the order of the data has its own.
     steps: length of the run.
     microbatches: parts of the batch that go through the network one after the other.
@@ -40,6 +43,8 @@ class Experiment:
     save_every: steps between checkpoints.
     keep: checkpoints kept, the newest.
     keep_every: multiples of this step are kept besides.
+    keep_best: the checkpoint with the best evaluation is kept besides, e.g. `Best("heldout/nll")`.
+    profile_steps: first and last step of which a trace is written to `<workdir>/profile`.
     max_nonfinite: steps in a row with a loss or gradient that is not finite, at which a run ends.
 
   Raises:
@@ -53,6 +58,7 @@ class Experiment:
   optimizer: OptimizerConfig = OptimizerConfig()
   sampler: SamplerConfig = SamplerConfig()
   mesh: MeshConfig = MeshConfig()
+  start: Start | None = None
   seed: int = 0
   steps: int = 1000
   microbatches: int = 1
@@ -61,6 +67,8 @@ class Experiment:
   save_every: int = 500
   keep: int = 2
   keep_every: int | None = None
+  keep_best: Best | None = None
+  profile_steps: tuple[int, int] | None = None
   max_nonfinite: int = 20
 
   def __post_init__(self):
@@ -77,5 +85,9 @@ class Experiment:
       raise ValueError(
         f"data.length {self.data.length} is longer than the model's context, "
         f"model.max_position_embeddings {self.model.max_position_embeddings}"
+      )
+    if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+      raise ValueError(
+        f"profile_steps are the first and the last step, counted from 1; got {self.profile_steps}"
       )
     make_optimizer(self.optimizer, self.steps)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax
+from etils import epath
 
 from lladax.config import ConfigError, to_json
 from lladax.data import Data, Fingerprint, Tokenizer, load_data
 from lladax.experiment.config import RESUMABLE, Experiment
+from lladax.experiment.start import (
+  Origin,
+  check_tokenizer,
+  data_position,
+  find_origin,
+  read_origin,
+  write_origin,
+)
 from lladax.models import abstract_params, init_variables
 from lladax.sharding import BATCH_AXES, make_mesh, use_mesh
 from lladax.train import (
@@ -59,7 +68,7 @@ class Run:
   """
 
   config: Experiment
-  workdir: pathlib.Path
+  workdir: epath.Path
   data: Data
   mesh: jax.sharding.Mesh
   state: TrainState
@@ -78,14 +87,20 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
     ConfigError: for data, a mesh or a workdir that does not fit the config; nothing was overwritten.
     CheckpointError: if there are checkpoints and none is whole.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = epath.Path(workdir)
   with _one_line():
     _check_workdir(config, workdir)
     data = load_data(config.data, vocab_size=config.model.vocab_size)
     config = with_special_ids(config, data.tokenizer)
     mesh = make_mesh(config.mesh)
     _check_mesh(config, mesh)
+    origin = None
+    if config.start is not None:
+      origin = find_origin(config.start, workdir)
+      check_tokenizer(origin, data.tokenizer)
   _write_config(config, workdir)
+  if origin is not None:
+    write_origin(origin, workdir)
   write_run_record(workdir)
   batches = data.train_iterator()
   tokens_per_step = config.data.batch_size * config.data.length
@@ -101,6 +116,7 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
       files={"tokenizer": data.tokenizer.save},
       keep=config.keep,
       keep_every=config.keep_every,
+      keep_best=config.keep_best and functools.partial(config.keep_best.find, workdir),
       may_differ=RESUMABLE,
     ) as checkpoints,
   ):
@@ -109,7 +125,7 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
       workdir=workdir,
       data=data,
       mesh=mesh,
-      state=restore_or_initialise(config, mesh, checkpoints),
+      state=restore_or_start(config, mesh, checkpoints, batches, origin),
       batches=batches,
       metrics=metrics,
       checkpoints=checkpoints,
@@ -131,17 +147,32 @@ def train(run: Run, hooks: Sequence[Hook] = ()) -> TrainState:
   )
 
 
-def restore_or_initialise(
-  config: Experiment, mesh: jax.sharding.Mesh, checkpoints: Checkpoints
+def restore_or_start(
+  config: Experiment,
+  mesh: jax.sharding.Mesh,
+  checkpoints: Checkpoints,
+  batches: Iterator[Batch],
+  origin: Origin | None = None,
 ) -> TrainState:
-  """The newest whole checkpoint, else fresh parameters. Within `use_mesh(mesh)`."""
+  """The newest whole checkpoint, else the origin of the run, else fresh parameters.
+
+  Within `use_mesh(mesh)`. `batches` is set to where the state is.
+  """
   optimizer = make_optimizer(config.optimizer, config.steps)
 
   def init_params(key):
     return init_variables(config.model, key)["params"]
 
-  restored = checkpoints.restore(abstract_state(init_params, optimizer, mesh))
-  return init_state(init_params, optimizer, config.seed, mesh) if restored is None else restored
+  abstract = abstract_state(init_params, optimizer, mesh)
+  restored = checkpoints.restore(abstract)
+  if restored is not None:
+    return restored
+  if origin is None:
+    return init_state(init_params, optimizer, config.seed, mesh)
+  position = data_position(origin, config.start)
+  if position is not None:
+    batches.continue_after(position)
+  return read_origin(origin, config.start, optimizer, abstract, config.model)
 
 
 def train_step(config: Experiment, shardings: TrainState | None = None):
@@ -166,7 +197,7 @@ def with_special_ids(config: Experiment, tokenizer: Tokenizer) -> Experiment:
   return dataclasses.replace(config, model=dataclasses.replace(config.model, **ids))
 
 
-def _check_workdir(config: Experiment, workdir: pathlib.Path):
+def _check_workdir(config: Experiment, workdir: epath.Path):
   path = workdir / CONFIG_FILE
   if path.exists():
     ids = [f"model.{name}" for name in SPECIAL_IDS]
@@ -191,13 +222,13 @@ def _check_mesh(config: Experiment, mesh: jax.sharding.Mesh):
     abstract_params(config.model, (rows, config.data.length))
 
 
-def _write_config(config: Experiment, workdir: pathlib.Path):
+def _write_config(config: Experiment, workdir: epath.Path):
   if jax.process_index() != 0:
     return
   workdir.mkdir(parents=True, exist_ok=True)
   new = workdir / f"{CONFIG_FILE}.new"
   new.write_text(to_json(config) + "\n")
-  os.replace(new, workdir / CONFIG_FILE)
+  new.replace(workdir / CONFIG_FILE)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,13 @@ from lladax.train.optimizer import (
   learning_rate,
   make_optimizer,
 )
-from lladax.train.state import TrainState, abstract_state, init_state, state_shardings
+from lladax.train.state import (
+  TrainState,
+  abstract_state,
+  init_state,
+  state_from,
+  state_shardings,
+)
 from lladax.train.step import make_train_step
 
 __all__ = [
@@ -50,6 +56,7 @@ __all__ = [
   "place",
   "read_records",
   "router_metrics",
+  "state_from",
   "state_shardings",
   "stop_on_nonfinite",
   "warn_of_drops",

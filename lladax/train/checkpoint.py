@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -23,14 +22,11 @@ from jax.experimental import multihost_utils
 
 from lladax import config as config_lib
 from lladax.config import ConfigError
+from lladax.train.arrays import CheckpointError, as_saved, describe_arrays, read_arrays
 from lladax.train.state import TrainState
 
 # (empty directory) -> None: writes files that belong to the run, such as a tokenizer.
 WriteFiles = Callable[[epath.Path], object]
-
-
-class CheckpointError(ValueError):
-  """No whole checkpoint, or one that does not hold what the program expects."""
 
 
 class Stateful(Protocol):
@@ -53,6 +49,7 @@ class Checkpoints:
     files: by name; each writes a directory of its own into every checkpoint.
     keep: checkpoints that are kept, the newest ones.
     keep_every: multiples of this step are kept besides.
+    keep_best: of these steps the one that is kept besides, or None while none stands out.
     may_differ: paths of config fields in which a run may differ from its checkpoint, with all
       below them.
 
@@ -69,6 +66,7 @@ class Checkpoints:
     files: Mapping[str, WriteFiles] | None = None,
     keep: int = 2,
     keep_every: int | None = None,
+    keep_best: Callable[[Sequence[int]], int | None] | None = None,
     may_differ: Collection[str] = (),
   ):
     if keep < 1 or (keep_every is not None and keep_every < 1):
@@ -84,6 +82,8 @@ class Checkpoints:
     policies = [ocp.checkpoint_managers.LatestN(keep)]
     if keep_every is not None:
       policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
+    if keep_best is not None:
+      policies.append(_KeepBest(keep_best))
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
@@ -156,11 +156,10 @@ class Checkpoints:
     saved_config = _read_json(path, "config.json")
     if self._config is not None and saved_config is not None:
       require_same_config(saved_config, self._config, path, may_differ=self._may_differ)
-    iterator_states = _read_json(path, "iterators.json")
+    iterator_states = read_iterators(path)
     if missing := self._iterators.keys() - iterator_states.keys():
       raise CheckpointError(f"{path} has no state of {sorted(missing)}")
-    items = {name: _read_arrays(path, name, item) for name, item in _items(abstract).items()}
-    return TrainState(params=items["params"], **items["train"]), iterator_states
+    return read_train_state(path, abstract), iterator_states
 
   def _set_aside(self, name: str):
     if jax.process_index() == 0:
@@ -169,6 +168,16 @@ class Checkpoints:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("damaged checkpoint set aside")
     self._manager.reload()
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeepBest(ocp.checkpoint_managers.PreservationPolicy):
+  choose: Callable[[Sequence[int]], int | None]
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    best = self.choose([checkpoint.step for checkpoint in checkpoints])
+    return [checkpoint.step == best for checkpoint in checkpoints]
 
 
 class LoadedParams(NamedTuple):
@@ -204,14 +213,38 @@ def load_params(path: epath.PathLike, abstract: Callable[[Any], Any] | None = No
   def read(step_path: epath.Path) -> LoadedParams:
     tree = _read_json(step_path, "config.json")
     config = None if tree is None else config_lib.from_json(json.dumps(tree))
-    target = _as_saved(step_path) if abstract is None else abstract(config)
-    return LoadedParams(_read_arrays(step_path, "params", target), config, step_path)
+    target = as_saved(step_path) if abstract is None else abstract(config)
+    return LoadedParams(_read_item(step_path, "params", target), config, step_path)
 
   directory, names = (path.parent, [path.name]) if single else (inner, None)
   loaded, _ = _newest_whole(directory, read, names)
   if loaded is None:
     raise CheckpointError(f"there is no checkpoint in {directory}")
   return loaded
+
+
+def saved_steps(path: epath.PathLike) -> list[int]:
+  """The steps of the checkpoints in a workdir, ascending, damaged or not; none if there are none."""
+  directory = _absolute(path) / "checkpoints"
+  if not directory.exists():
+    return []
+  return sorted(int(path.name) for path in directory.iterdir() if re.fullmatch(r"\d+", path.name))
+
+
+def read_train_state(path: epath.Path, abstract: TrainState) -> TrainState:
+  """All of one checkpoint's state.
+
+  Raises:
+    CheckpointError: if its arrays have other names or shapes than `abstract`.
+    OSError: if it is damaged.
+  """
+  items = {name: _read_item(path, name, item) for name, item in _items(abstract).items()}
+  return TrainState(params=items["params"], **items["train"])
+
+
+def read_iterators(path: epath.Path) -> dict[str, Any]:
+  """What the iterators of a run were when a checkpoint was saved, by name."""
+  return _read_json(path, "iterators.json")
 
 
 def require_same_config(saved, config, where: epath.PathLike, *, may_differ: Collection[str] = ()):
@@ -276,7 +309,7 @@ def _everywhere(okay: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(okay)).all())
 
 
-# --- Arrays ---
+# --- Parts ---
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -285,74 +318,8 @@ def _items(state: TrainState) -> dict[str, Any]:
   return {"params": fields.pop("params"), "train": fields}
 
 
-def _read_arrays(path: epath.Path, name: str, abstract):
-  saved = _read_json(path, "arrays.json")[name]
-  _require_same_arrays(saved, abstract, path)
-  handler = ocp.StandardCheckpointHandler()
-  tree = handler.restore(path / name, args=ocp.args.StandardRestore(abstract))
-  for leaf_name, (_, dtype, checksum) in describe_arrays(tree).items():
-    # Orbax notices most damage, but not a changed bit within the numbers of an array.
-    if dtype == saved[leaf_name][1] and checksum != saved[leaf_name][2]:
-      raise OSError(f"array {leaf_name} of {name!r} is not what was saved")
-  return tree
-
-
-def _require_same_arrays(saved: dict[str, list], abstract, path: epath.Path):
-  expected = {name: list(leaf.shape) for name, leaf in _named_leaves(abstract)}
-  found = {name: entry[0] for name, entry in saved.items()}
-  names = [name for name in found | expected if found.get(name) != expected.get(name)]
-  if names:
-    lines = [f"{name}: {found.get(name)} saved, {expected.get(name)} expected" for name in names]
-    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-    raise CheckpointError(f"{path} holds other arrays: {'; '.join(lines[:3])}{more}")
-
-
-def _as_saved(path: epath.Path):
-  tree = ocp.StandardCheckpointHandler().metadata(path / "params").tree
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree
-  )
-
-
-def describe_arrays(tree) -> dict[str, list]:
-  """Shape, type and checksum of each array by its name, as JSON values.
-
-  The checksum is over the bits of all elements, by position, modulo 2**32. It is computed where
-  the array lies and does not depend on how it is sharded.
-  """
-  checksums = jax.device_get(_checksums(tree))
-  return {
-    name: [list(leaf.shape), str(leaf.dtype), int(checksum)]
-    for (name, leaf), checksum in zip(_named_leaves(tree), checksums, strict=True)
-  }
-
-
-@jax.jit
-def _checksums(tree) -> list[jax.Array]:
-  return [_checksum(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-  if x.dtype == jnp.bool_:
-    bits = x
-  else:
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, unsigned)
-  mixed = bits.astype(jnp.uint32)
-  for axis in range(bits.ndim):
-    # Another odd multiplier per axis (of the 32-bit golden ratio), so that swaps show.
-    factor = np.uint32((0x9E3779B1 * (2 * axis + 1)) % 2**32)
-    mixed ^= factor * jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-  # The finalizer of MurmurHash3, a bijection: no change of one element is lost in the sum.
-  mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
-  mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-  return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
-
-
-def _named_leaves(tree) -> list[tuple[str, Any]]:
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+def _read_item(path: epath.Path, name: str, abstract):
+  return read_arrays(path, name, abstract, _read_json(path, "arrays.json")[name])
 
 
 # --- Small files ---

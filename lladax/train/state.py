@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -41,7 +42,7 @@ def init_state(
   init_params: InitParams, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
 ) -> TrainState:
   """A fresh state. Each device makes its own part; values do not depend on the mesh."""
-  make = _maker(init_params, optimizer)
+  make = _from_key(init_params, optimizer)
   key = jax.random.key(seed)
   shardings = param_shardings(mesh, jax.eval_shape(make, key))
   return jax.jit(lambda key: nn.meta.unbox(make(key)), out_shardings=shardings)(key)
@@ -51,7 +52,7 @@ def abstract_state(
   init_params: InitParams, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
   """Shapes, types and shardings of `init_state`, with nothing computed: what a restore needs."""
-  make = _maker(init_params, optimizer)
+  make = _from_key(init_params, optimizer)
   key = jax.random.key(0)
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -60,21 +61,33 @@ def abstract_state(
   )
 
 
+def state_from(
+  params: optax.Params, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+  """A fresh state with these parameters, which lie as in `abstract`; their memory is taken over."""
+  make = jax.jit(
+    functools.partial(_at_first, optimizer),
+    out_shardings=state_shardings(abstract),
+    donate_argnums=0,
+  )
+  return make(params)
+
+
 def state_shardings(state: TrainState) -> TrainState:
   """The sharding of every leaf of a state or of an abstract state."""
   return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def _maker(init_params: InitParams, optimizer: optax.GradientTransformation):
-  def make(key: jax.Array) -> TrainState:
-    params = init_params(key)
-    # Made from boxed parameters, the moments carry the same axis names.
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=optimizer.init(params),
-      skipped_in_a_row=jnp.zeros((), jnp.int32),
-      skipped_total=jnp.zeros((), jnp.int32),
-    )
+def _from_key(init_params: InitParams, optimizer: optax.GradientTransformation):
+  return lambda key: _at_first(optimizer, init_params(key))
 
-  return make
+
+def _at_first(optimizer: optax.GradientTransformation, params: optax.Params) -> TrainState:
+  # Made from boxed parameters, the moments carry the same axis names.
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    skipped_in_a_row=jnp.zeros((), jnp.int32),
+    skipped_total=jnp.zeros((), jnp.int32),
+  )

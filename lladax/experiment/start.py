@@ -1,0 +1,281 @@
+"""Where a run begins if not from nothing: another run, the stage before it, or released weights."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+from etils import epath
+
+from lladax import hub
+from lladax.config import ConfigError
+from lladax.data import Tokenizer
+from lladax.models import ModelConfig
+from lladax.train import CheckpointError, TrainState, load_params, read_records, state_from
+from lladax.train.checkpoint import read_iterators, read_train_state, saved_steps
+
+# Which checkpoint a run began from, so that it begins there again if it is killed before it saves.
+START_FILE = "start.json"
+
+
+class Choice(abc.ABC):
+  """Which checkpoint of a run. Subclasses are frozen dataclasses."""
+
+  @abc.abstractmethod
+  def choose(self, workdir: epath.Path, steps: Sequence[int]) -> int:
+    """One of the steps, which ascend and are not empty.
+
+    Raises:
+      ConfigError: if it cannot be told which.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Latest(Choice):
+  """The newest."""
+
+  def choose(self, workdir, steps):
+    del workdir
+    return steps[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class AtStep(Choice):
+  """That of a step."""
+
+  step: int
+
+  def choose(self, workdir, steps):
+    if self.step not in steps:
+      raise ConfigError(f"{workdir} has no checkpoint of step {self.step}, but of {_listed(steps)}")
+    return self.step
+
+
+@dataclasses.dataclass(frozen=True)
+class Best(Choice):
+  """The one whose evaluation was best, by the run's records (`metrics.jsonl`).
+
+  Attributes:
+    metric: its name there. Evaluations count that were made at a step that was saved.
+    highest: whether more is better.
+  """
+
+  metric: str = "heldout/nll"
+  highest: bool = False
+
+  def find(self, workdir, steps: Sequence[int]) -> int | None:
+    """As `choose`, None if no step was evaluated; of equals the latest."""
+    values = {
+      record["step"]: record[self.metric]
+      for record in read_records(workdir)
+      if record["step"] in steps and isinstance(record.get(self.metric), int | float)
+    }
+    sign = 1 if self.highest else -1
+    return max(values, key=lambda step: (sign * values[step], step), default=None)
+
+  def choose(self, workdir, steps):
+    best = self.find(workdir, steps)
+    if best is None:
+      raise ConfigError(
+        f"none of the checkpoints of {workdir} (steps {_listed(steps)}) was evaluated: no record of "
+        f"these steps in metrics.jsonl has {self.metric!r}. Choose one with AtStep(step), or make "
+        "eval_every a multiple of save_every"
+      )
+    return best
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+  """The parameters that a run begins with, and what else it takes over.
+
+  The new run has steps, noise and a learning rate schedule of its own, all from their beginning.
+
+  Attributes:
+    path: a workdir, a Hugging Face folder or id, or what `python -m lladax.hub import` wrote.
+    stage: instead of `path`: the workdir of this name beside this run's own.
+    checkpoint: which of a workdir.
+    optimizer: "keep" the moments of a workdir's optimizer, or "reset" them.
+    data: "continue" after the rows that were seen, source by source, or "restart".
+
+  Raises:
+    ValueError: for both or neither of path and stage, or a word that is not one of these.
+  """
+
+  path: str | None = None
+  stage: str | None = None
+  checkpoint: Choice = Latest()
+  optimizer: str = "reset"
+  data: str = "continue"
+
+  def __post_init__(self):
+    if (self.path is None) == (self.stage is None):
+      raise ValueError(f"a start has either a path or a stage; got {self.path=}, {self.stage=}")
+    for name, words in (("optimizer", ("keep", "reset")), ("data", ("continue", "restart"))):
+      if getattr(self, name) not in words:
+        raise ValueError(f"start.{name} is one of {words}; got {getattr(self, name)!r}")
+
+  def source(self, workdir: str | os.PathLike) -> epath.Path:
+    """The path, of a stage too."""
+    return epath.Path(self.path) if self.stage is None else epath.Path(workdir).parent / self.stage
+
+
+class Origin(NamedTuple):
+  """Where a start leads, found before anything is read.
+
+  Attributes:
+    checkpoint: directory of one checkpoint; None for weights that no run of ours made.
+    source: the path of the start.
+  """
+
+  checkpoint: epath.Path | None
+  source: epath.Path
+
+
+def find_origin(start: Start, workdir: epath.Path) -> Origin:
+  """The checkpoint that a run in `workdir` begins from; the same one again after a restart.
+
+  Raises:
+    ConfigError: if there is none, or not the one that is asked for.
+  """
+  source = start.source(workdir)
+  if (workdir / START_FILE).exists():
+    saved = json.loads((workdir / START_FILE).read_text())
+    if saved["checkpoint"] is not None and not epath.Path(saved["checkpoint"]).exists():
+      raise ConfigError(
+        f"this run began from {saved['checkpoint']}, which is gone; bring it back, or choose "
+        "another workdir"
+      )
+    checkpoint = saved["checkpoint"]
+    return Origin(None if checkpoint is None else epath.Path(checkpoint), source)
+  steps = saved_steps(source)
+  if steps:
+    return Origin(source / "checkpoints" / str(start.checkpoint.choose(source, steps)), source)
+  if start.stage is not None or (source / "checkpoints").exists():
+    raise ConfigError(f"there is no checkpoint in {source} to start from; train it first")
+  for name, value in (("optimizer", "keep"),):
+    if getattr(start, name) == value:
+      raise ConfigError(
+        f"start.{name}={value!r} needs a workdir of ours, and {source} is none; set it to 'reset'"
+      )
+  return Origin(None, source)
+
+
+def write_origin(origin: Origin, workdir: epath.Path):
+  """Keeps the choice for a restart."""
+  if jax.process_index() == 0 and not (workdir / START_FILE).exists():
+    checkpoint = None if origin.checkpoint is None else os.fspath(origin.checkpoint)
+    new = workdir / f"{START_FILE}.new"
+    new.write_text(json.dumps({"source": os.fspath(origin.source), "checkpoint": checkpoint}))
+    new.replace(workdir / START_FILE)
+
+
+def check_tokenizer(origin: Origin, tokenizer: Tokenizer):
+  """Makes sure that ids mean to the new run what they meant to the run it begins from.
+
+  Raises:
+    ConfigError: if the tokenizers are not the same.
+  """
+  if origin.checkpoint is None:
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer.save(folder)
+    mine = {path.name: path.read_bytes() for path in epath.Path(folder).iterdir()}
+  saved = origin.checkpoint / "run" / "tokenizer"
+  if mine != {path.name: path.read_bytes() for path in saved.iterdir()}:
+    raise ConfigError(
+      f"the tokenizer of the data is not that of {origin.checkpoint}, so its ids would mean other "
+      f"text; use the one in {saved}"
+    )
+
+
+def read_origin(
+  origin: Origin,
+  start: Start,
+  optimizer: optax.GradientTransformation,
+  abstract: TrainState,
+  model: ModelConfig,
+) -> TrainState:
+  """The first state of a run: the origin's parameters, its moments if they are kept, counters at 0.
+
+  Args:
+    origin: see `find_origin`.
+    start: says whether the moments of the optimizer are kept.
+    optimizer: of the new run.
+    abstract: shapes, types and shardings of the state, see `lladax.train.abstract_state`.
+    model: of the new run.
+
+  Raises:
+    CheckpointError: if the origin holds other arrays than the state has, or is damaged.
+    ConfigError: if released weights are of another architecture.
+  """
+  if origin.checkpoint is None:
+    return state_from(_released(origin.source, abstract.params, model), optimizer, abstract)
+  logging.info("starting from %s", origin.checkpoint)
+  if start.optimizer == "reset":
+    params = load_params(origin.checkpoint, lambda _: abstract.params).params
+    return state_from(params, optimizer, abstract)
+  try:
+    saved = read_train_state(origin.checkpoint, abstract)
+  except CheckpointError as error:
+    raise CheckpointError(f"{error}; start.optimizer='reset' takes parameters only") from error
+  zero = {
+    name: jnp.zeros_like(getattr(saved, name))
+    for name in ("step", "skipped_in_a_row", "skipped_total")
+  }
+  return dataclasses.replace(saved, opt_state=_from_the_first_step(saved.opt_state), **zero)
+
+
+def _from_the_first_step(opt_state):
+  """The moments of an optimizer, its learning rate schedule at the beginning."""
+
+  def reset(part):
+    if isinstance(part, optax.ScaleByScheduleState):
+      return part._replace(count=jnp.zeros_like(part.count))
+    return part
+
+  is_schedule = lambda part: isinstance(part, optax.ScaleByScheduleState)  # noqa: E731
+  return jax.tree.map(reset, opt_state, is_leaf=is_schedule)
+
+
+def data_position(origin: Origin, start: Start) -> Any:
+  """What the data iterator of the origin was, to go on after it; None to begin anew."""
+  if origin.checkpoint is None or start.data == "restart":
+    return None
+  return read_iterators(origin.checkpoint).get("data")
+
+
+def _released(path: epath.Path, abstract, model: ModelConfig) -> Any:
+  """Parameters of a Hugging Face folder or id, or an imported store, as the run keeps them."""
+  mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+  load = hub.open_store if hub.is_store(path) else hub.load_folder
+  loaded = load(os.fspath(path), mesh=mesh, dtype=model.param_dtype)
+  names = {f.name for f in dataclasses.fields(ModelConfig)} & {
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size",
+  }  # fmt: skip
+  theirs, ours = jax.tree.structure(loaded.params), jax.tree.structure(abstract)
+  shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (loaded.params, abstract)]
+  if theirs != ours or shapes[0] != shapes[1]:
+    fields = ", ".join(
+      f"{name}: {getattr(loaded.config, name)} there, {getattr(model, name)} here"
+      for name in sorted(names)
+      if getattr(loaded.config, name) != getattr(model, name)
+    )
+    raise ConfigError(
+      f"the weights of {path} are of another architecture than the run's model "
+      f"({fields or 'its parameters have other names or shapes'})"
+    )
+  return jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding),
+                      loaded.params, abstract)  # fmt: skip
+
+
+def _listed(steps: Sequence[int]) -> str:
+  return ", ".join(map(str, steps[-8:])) if len(steps) <= 8 else f"..., {_listed(steps[-8:])}"

@@ -39,7 +39,8 @@ def main(
   """
   defaults = chosen(config, stages, "")[0]
   modes = ["all", "train", "evaluate"] if evaluate else ["train"]
-  own = ["workdir", "mode", "distributed", "profile_steps", "set"]
+  own = ["workdir", "mode", "profile_steps", "set"]
+  own += ["distributed", "coordinator", "num_processes", "process_id"]
   flags.DEFINE_string(
     "workdir",
     None,
@@ -51,8 +52,11 @@ def main(
     flags.DEFINE_string("config", names[0], f"Which config: one of {', '.join(names)}.")
   flags.DEFINE_enum("mode", modes[0], modes, "What to do; all: train, then evaluate.")
   flags.DEFINE_bool(
-    "distributed", False, "Call jax.distributed.initialize() first: one process per host."
+    "distributed", False, "One process per host; they find each other on TPUs, Slurm and GKE."
   )
+  flags.DEFINE_string("coordinator", None, "With --distributed, elsewhere: host:port of process 0.")
+  flags.DEFINE_integer("num_processes", None, "With --coordinator.", lower_bound=1)
+  flags.DEFINE_integer("process_id", None, "With --coordinator.", lower_bound=0)
   flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST, steps of which a trace is written to <workdir>/profile."
   )
@@ -67,8 +71,10 @@ def main(
     if not flags.FLAGS["verbosity"].present:
       # The libraries below tell of every file they move.
       logging.set_verbosity(logging.WARNING)
-    if flags.FLAGS.distributed:
-      jax.distributed.initialize()
+    if flags.FLAGS.distributed:  # before anything touches a device
+      jax.distributed.initialize(
+        flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
+      )
     assignments = list(flags.FLAGS.set)
     if flags.FLAGS.profile_steps:
       assignments.append(f"profile_steps=({flags.FLAGS.profile_steps.replace(':', ', ')})")

@@ -201,6 +201,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return named_sharding(mesh, "batch")
 
 
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """int64[R], increasing: the rows of a batch that the devices of this process hold.
+
+  Processes that share a sequence (the context axis) hold the same rows.
+  """
+  parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
+
+
 def param_shardings(mesh: Mesh, abstract_variables):
   """Shardings for a tree of Linen variables that carry logical axis names.
 

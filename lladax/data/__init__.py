@@ -2,7 +2,9 @@
 
 from lladax.data.corpora import Document, load_corpus
 from lladax.data.fingerprint import Fingerprint
-from lladax.data.pipeline import Data, DataConfig, heldout_dataset, load_data, train_dataset
+from lladax.data.mixture import Mixture
+from lladax.data.pipeline import BatchesConfig, Data, TrainIterator, load_data
+from lladax.data.text import DataConfig, TextData
 from lladax.data.tokenizer import (
   Bytes,
   JsonTokenizer,
@@ -22,17 +24,20 @@ from lladax.data.transforms import (
 )
 
 __all__ = [
+  "BatchesConfig",
   "Bytes",
   "Data",
   "DataConfig",
   "Document",
   "Fingerprint",
   "JsonTokenizer",
+  "Mixture",
   "Rows",
+  "TextData",
   "Tokenizer",
+  "TrainIterator",
   "check_ids",
   "encode_with_masks",
-  "heldout_dataset",
   "load_corpus",
   "load_data",
   "load_tokenizer",
@@ -41,6 +46,5 @@ __all__ = [
   "pack",
   "split_documents",
   "train_bpe",
-  "train_dataset",
   "unpack",
 ]

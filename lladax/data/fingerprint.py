@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import zlib
-
-import numpy as np
+from typing import Any
 
 from lladax.config import ConfigError
 from lladax.data.pipeline import Data
 
 
 class Fingerprint:
-  """Counts and a checksum of the tokens, to be saved with a checkpoint and compared on restore."""
+  """What tells the text of a run, to be saved with a checkpoint and compared on restore."""
 
   def __init__(self, data: Data):
-    self._state = {
-      "train_tokens": data.train_rows.num_tokens,
-      "heldout_tokens": data.heldout_rows.num_tokens,
-      "crc32": zlib.crc32(np.ascontiguousarray(data.train_rows.tokens)),
-    }
+    self._state = data.fingerprint()
 
-  def get_state(self) -> dict[str, int]:
+  def get_state(self) -> dict[str, Any]:
     return self._state
 
-  def set_state(self, state: dict[str, int]):
+  def set_state(self, state: dict[str, Any]):
     """Raises ConfigError if the state is of other text."""
     if state != self._state:
       raise ConfigError(

@@ -25,7 +25,7 @@ from lladax.experiment.start import (
   write_origin,
 )
 from lladax.models import abstract_params, init_variables
-from lladax.sharding import BATCH_AXES, make_mesh, use_mesh
+from lladax.sharding import BATCH_AXES, make_mesh, own_rows, use_mesh
 from lladax.train import (
   CheckpointError,
   Checkpoints,
@@ -102,7 +102,7 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
   if origin is not None:
     write_origin(origin, workdir)
   write_run_record(workdir)
-  batches = data.train_iterator()
+  batches = data.train_iterator(rows=own_rows(mesh, config.data.batch_size))
   tokens_per_step = config.data.batch_size * config.data.length
   with (
     use_mesh(mesh),
@@ -112,7 +112,7 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
     Checkpoints(
       workdir / "checkpoints",
       config=config,
-      iterators={"data": batches, "metrics": metrics, "corpus": Fingerprint(data)},
+      iterators={"corpus": Fingerprint(data), "data": batches, "metrics": metrics},
       files={"tokenizer": data.tokenizer.save},
       keep=config.keep,
       keep_every=config.keep_every,

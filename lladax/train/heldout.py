@@ -13,6 +13,7 @@ import numpy as np
 from lladax.data import Data
 from lladax.diffusion import log_likelihood_bound
 from lladax.models import ModelConfig, bind_token_nll
+from lladax.sharding import own_rows
 from lladax.train.loop import place
 from lladax.types import Batch
 
@@ -58,7 +59,7 @@ def heldout_bound(
 
   def evaluate(params) -> dict[str, float]:
     totals = np.zeros(3)
-    for index, batch in enumerate(data.heldout_iterator()):
+    for index, batch in enumerate(data.heldout_iterator(rows=own_rows(mesh, size))):
       if index == max_batches:
         break
       scored = score(params, place(batch, mesh), jnp.uint32(index * size))

@@ -3,22 +3,16 @@
 import dataclasses
 import io
 import itertools
+import json
 import sys
 
-import grain
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from lladax.data import pipeline
-from lladax.data.pipeline import (
-  DataConfig,
-  heldout_dataset,
-  load_data,
-  tokenize,
-  train_dataset,
-)
+from lladax.data import text
+from lladax.data.pipeline import load_data
+from lladax.data.text import DataConfig, TextData, tokenize
 from lladax.data.tokenizer import Bytes
 from lladax.data.transforms import Rows, pack, unpack
 
@@ -35,10 +29,24 @@ def numbered_rows(count, length=6):
 ROWS = numbered_rows(21)  # not a multiple of the batch
 
 
-def batches(config=CONFIG, rows=ROWS, *, count=8, start=0, process=(0, 1)):
-  iterator = iter(
-    train_dataset(rows, config, pad_id=PAD, process_index=process[0], process_count=process[1])
+def numbered_data(config=CONFIG, rows=ROWS, heldout_rows=ROWS):
+  return TextData(
+    config=config,
+    tokenizer=Bytes(),
+    train_documents=[],
+    heldout_documents=[],
+    train_rows=rows,
+    heldout_rows=heldout_rows,
   )
+
+
+def own_rows(index, count, batch_size=8):
+  """Rows of process `index` of `count`."""
+  return np.split(np.arange(batch_size), count)[index]
+
+
+def batches(config=CONFIG, rows=ROWS, *, count=8, start=0, process=(0, 1)):
+  iterator = numbered_data(config, rows).train_iterator(rows=own_rows(*process, config.batch_size))
   if start:
     iterator.set_state({"next_index": start})
   return list(itertools.islice(iterator, count))
@@ -57,47 +65,66 @@ def join(parts):
 # --- training batches ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 4, 8])
 def test_processes_together_give_the_batch_of_one(count):
   parts = [batches(process=(index, count)) for index in range(count)]
   assert all(batch.tokens.shape == (8 // count, 6) for part in parts for batch in part)
   assert_equal([join(step) for step in zip(*parts, strict=True)], batches())
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_may_share_rows_and_hold_them_in_pieces():
+  whole = batches()
+  for own in ([0, 1, 6, 7], [3], [0, 2, 4, 6]):
+    part = list(itertools.islice(numbered_data().train_iterator(rows=np.array(own)), 8))
+    assert_equal(part, [jax.tree.map(lambda x, own=own: x[own], batch) for batch in whole])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_resuming_gives_the_same_continuation_on_any_number_of_processes(count):
-  iterator = iter(train_dataset(ROWS, CONFIG, pad_id=PAD, process_index=1, process_count=2))
+  iterator = numbered_data().train_iterator(rows=own_rows(1, 2))
   for _ in range(5):
     next(iterator)
-  state = iterator.get_state()
-  assert state == {"next_index": 5}  # small, and the same on every process
+  key = iterator._data.mixture.parts[0].key
+  state = json.loads(json.dumps(iterator.get_state()))
+  assert state == {"next_index": 5, "start": {}, "drawn": {key: 40}}  # the same on every process
   parts = []
   for index in range(count):
-    resumed = iter(
-      train_dataset(ROWS, CONFIG, pad_id=PAD, process_index=index, process_count=count)
-    )
+    resumed = numbered_data().train_iterator(rows=own_rows(index, count))
     next(resumed)  # an iterator in use can be set as well
     resumed.set_state(state)
+    assert resumed.get_state() == state
     parts.append(list(itertools.islice(resumed, 3)))
   assert_equal([join(step) for step in zip(*parts, strict=True)], batches()[5:])
+
+
+def test_a_new_stage_goes_on_with_the_next_row():
+  whole = numbered_data(dataclasses.replace(CONFIG, random_length=0.0))
+  expected = list(itertools.islice(whole.train_iterator(), 9))
+  first, second = whole.train_iterator(), whole.train_iterator()
+  for _ in range(4):
+    next(first)
+  second.continue_after(first.get_state())
+  assert second.get_state()["next_index"] == 0 and second.epochs() == first.epochs()
+  assert_equal(list(itertools.islice(second, 5)), expected[4:])
+  resumed = whole.train_iterator()
+  resumed.set_state(second.get_state())
+  assert resumed.get_state()["drawn"] == {whole.mixture.parts[0].key: 72}
+  assert resumed.epochs() == {"shakespeare": 72 / 21}
+
+
+def test_a_state_of_another_batch_size_is_refused():
+  iterator = numbered_data().train_iterator()
+  next(iterator)
+  state = iterator.get_state()
+  other = numbered_data(dataclasses.replace(CONFIG, batch_size=4)).train_iterator()
+  with pytest.raises(ValueError, match="another batch size"):
+    other.set_state(state)
+  assert other.get_state()["next_index"] == 0
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
 def test_prefetching_changes_nothing(prefetch):
   assert_equal(batches(dataclasses.replace(CONFIG, prefetch=prefetch)), batches())
-
-
-def test_state_goes_through_grain_and_orbax(tmp_path):
-  iterator = iter(train_dataset(ROWS, CONFIG, pad_id=PAD))
-  expected = list(itertools.islice(iterator, 6))[3:]
-  iterator.set_state({"next_index": 3})
-  with ocp.CheckpointManager(tmp_path) as manager:
-    manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
-    manager.wait_until_finished()
-    fresh = iter(train_dataset(ROWS, CONFIG, pad_id=PAD))
-    restore = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh))
-    resumed = manager.restore(7, args=restore)["data"]
-  assert_equal(list(itertools.islice(resumed, 3)), expected)
 
 
 def drawn_rows(config, count):
@@ -150,16 +177,23 @@ def test_a_batch_larger_than_the_corpus():
 
 
 @pytest.mark.parametrize(
-  ("rows", "process", "message"),
+  ("own", "message"),
   [
-    (ROWS, (0, 3), "8 rows does not divide over 3"),
-    (ROWS, (2, 2), "process 2 is not one of 2"),
-    (numbered_rows(0), (0, 1), "no text to train on"),
+    ([0, 8], "rows of a batch of 8"),
+    ([-1, 2], "rows of a batch of 8"),
+    ([], "rows of a batch of 8"),
+    ([1, 1], "increase"),
+    ([2, 0], "increase"),
   ],
 )
-def test_bad_training_input(rows, process, message):
+def test_rows_that_no_process_feeds(own, message):
   with pytest.raises(ValueError, match=message):
-    batches(rows=rows, process=process)
+    numbered_data().train_iterator(rows=np.array(own))
+
+
+def test_no_text_to_train_on():
+  with pytest.raises(ValueError, match="no text to train on"):
+    batches(rows=numbered_rows(0))
 
 
 # --- held-out batches ----------------------------------------------------------------------------
@@ -168,8 +202,7 @@ def test_bad_training_input(rows, process, message):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_heldout_rows_come_once_and_in_order(count):
   parts = [
-    list(heldout_dataset(ROWS, 8, pad_id=PAD, process_index=index, process_count=count))
-    for index in range(count)
+    list(numbered_data().heldout_iterator(rows=own_rows(index, count))) for index in range(count)
   ]
   steps = [join(step) for step in zip(*parts, strict=True)]
   assert [batch.tokens.shape for batch in steps] == [(8, 6)] * 3
@@ -182,8 +215,10 @@ def test_heldout_rows_come_once_and_in_order(count):
 
 
 def test_no_heldout_rows():
+  data = numbered_data(heldout_rows=numbered_rows(0))
+  assert not data.has_heldout and numbered_data().has_heldout
   with pytest.raises(ValueError, match="no held-out text"):
-    heldout_dataset(numbered_rows(0), 4, pad_id=PAD)
+    data.heldout_iterator()
 
 
 # --- all together --------------------------------------------------------------------------------
@@ -205,13 +240,13 @@ def corpus(tmp_path, monkeypatch):
 def test_load_data_keeps_every_byte_on_its_side(corpus, tokenizer):
   config = DataConfig(corpus=corpus, tokenizer=tokenizer, length=16, heldout=0.1, batch_size=4)
   data = load_data(config)
-  for rows, documents, text in (
+  for rows, documents, joined in (
     (data.train_rows, data.train_documents, data.train_text),
     (data.heldout_rows, data.heldout_documents, data.heldout_text),
   ):
     ids = unpack(rows, eos_id=data.tokenizer.eos_id)
     assert [data.tokenizer.decode(part) for part in ids] == [d.text for d in documents]
-    assert data.text_bytes(rows) == len(text.encode())
+    assert data.text_bytes(rows) == len(joined.encode())
   assert data.heldout_bytes == len(data.heldout_text.encode())
   assert sum(data.text_bytes(batch) for batch in data.heldout_iterator()) == data.heldout_bytes
   assert 0.05 < data.heldout_bytes / (data.heldout_bytes + len(data.train_text.encode())) < 0.15
@@ -224,7 +259,7 @@ def test_heldout_text_does_not_reach_the_tokenizer(corpus, monkeypatch):
     seen.extend(texts)
     return Bytes()
 
-  monkeypatch.setattr(pipeline, "make_tokenizer", make_tokenizer)
+  monkeypatch.setattr(text, "make_tokenizer", make_tokenizer)
   data = load_data(DataConfig(corpus=corpus, heldout=0.2))
   assert seen == [document.text for document in data.train_documents]
   assert data.heldout_documents
@@ -233,10 +268,8 @@ def test_heldout_text_does_not_reach_the_tokenizer(corpus, monkeypatch):
 def test_iterators_of_the_bundle(corpus):
   data = load_data(DataConfig(corpus=corpus, length=16, batch_size=4))
   uninterrupted = list(itertools.islice(data.train_iterator(), 6))
-  assert_equal(list(itertools.islice(data.train_iterator(start_step=4), 2)), uninterrupted[4:])
-  assert data.train_iterator(start_step=4).get_state() == {"next_index": 4}
-  assert data.epoch(0) == 0 and data.epoch(len(data.train_rows)) == 4
-  half = next(data.train_iterator(process_index=1, process_count=2))
+  assert data.epochs(0) == {corpus: 0} and data.epochs(len(data.train_rows)) == {corpus: 4}
+  half = next(data.train_iterator(rows=np.array([2, 3])))
   assert np.array_equal(half.tokens, uninterrupted[0].tokens[2:])
 
 
@@ -299,7 +332,7 @@ def test_progress_shows_on_a_terminal_when_it_takes_long(monkeypatch, is_termina
   clock = itertools.count(step=seconds)
   monkeypatch.setattr(sys, "stderr", screen)
   monkeypatch.setenv("TERM", "xterm")
-  monkeypatch.setattr(pipeline.time, "monotonic", lambda: next(clock))
+  monkeypatch.setattr(text.time, "monotonic", lambda: next(clock))
   tokens = tokenize(["ab" * 600_000, "", "c"], Bytes())
   assert [len(ids) for ids in tokens] == [1_200_000, 0, 1]
   assert ("tokenizing" in screen.getvalue()) == (is_terminal and seconds > 1)

@@ -96,7 +96,7 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
     _check_mesh(config, mesh)
     origin = None
     if config.start is not None:
-      origin = find_origin(config.start, workdir)
+      origin = find_origin(config.start, workdir, config.model)
       check_tokenizer(origin, data.tokenizer)
   _write_config(config, workdir)
   if origin is not None:

@@ -19,7 +19,8 @@ from etils import epath
 from lladax import hub
 from lladax.config import ConfigError
 from lladax.data import Tokenizer
-from lladax.models import ModelConfig
+from lladax.hub.load import plan_import
+from lladax.models import ModelConfig, abstract_params
 from lladax.train import CheckpointError, TrainState, load_params, read_records, state_from
 from lladax.train.checkpoint import read_iterators, read_train_state, saved_steps
 
@@ -140,11 +141,12 @@ class Origin(NamedTuple):
   source: epath.Path
 
 
-def find_origin(start: Start, workdir: epath.Path) -> Origin:
-  """The checkpoint that a run in `workdir` begins from; the same one again after a restart.
+def find_origin(start: Start, workdir: epath.Path, model: ModelConfig) -> Origin:
+  """What a run in `workdir` begins from; the same checkpoint again after a restart.
 
   Raises:
     ConfigError: if there is none, or not the one that is asked for.
+    FolderError: if a path leads nowhere, or to a folder that is damaged.
   """
   source = start.source(workdir)
   if (workdir / START_FILE).exists():
@@ -161,11 +163,12 @@ def find_origin(start: Start, workdir: epath.Path) -> Origin:
     return Origin(source / "checkpoints" / str(start.checkpoint.choose(source, steps)), source)
   if start.stage is not None or (source / "checkpoints").exists():
     raise ConfigError(f"there is no checkpoint in {source} to start from; train it first")
-  for name, value in (("optimizer", "keep"),):
-    if getattr(start, name) == value:
-      raise ConfigError(
-        f"start.{name}={value!r} needs a workdir of ours, and {source} is none; set it to 'reset'"
-      )
+  if start.optimizer == "keep":
+    raise ConfigError(
+      f"start.optimizer='keep' needs a workdir of ours, and {source} is none; set it to 'reset'"
+    )
+  if not hub.is_store(source):
+    _check_released(source, model)
   return Origin(None, source)
 
 
@@ -253,28 +256,50 @@ def data_position(origin: Origin, start: Start) -> Any:
   return read_iterators(origin.checkpoint).get("data")
 
 
+def _ids(model: ModelConfig) -> dict[str, int]:
+  """The run's special ids, those of its tokenizer, where a folder tells none."""
+  ids = {name: getattr(model, name) for name in hub.IDS}
+  return {name: value for name, value in ids.items() if value is not None}
+
+
+def _check_released(path: epath.Path, model: ModelConfig):
+  """Compares a folder's architecture with the model's, before weights are read.
+
+  Raises:
+    ConfigError: with the fields in which they differ.
+  """
+  plan = plan_import(os.fspath(path), ids=_ids(model))
+  _require_shapes(path, abstract_params(plan.config), plan.config, model)
+
+
+def _require_shapes(path: epath.Path, theirs, there: ModelConfig, model: ModelConfig):
+  ours = abstract_params(model)
+  shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (theirs, ours)]
+  if shapes[0] == shapes[1]:
+    return
+  fields = ", ".join(
+    f"{field.name}: {getattr(there, field.name)} there, {getattr(model, field.name)} here"
+    for field in dataclasses.fields(ModelConfig)
+    if field.name.endswith(("_size", "_heads", "_layers", "_dim", "moe"))
+    and getattr(there, field.name) != getattr(model, field.name)
+  )
+  raise ConfigError(
+    f"the weights of {path} are of another architecture than the run's model "
+    f"({fields or 'its parameters have other names or shapes'})"
+  )
+
+
 def _released(path: epath.Path, abstract, model: ModelConfig) -> Any:
   """Parameters of a Hugging Face folder or id, or an imported store, as the run keeps them."""
   mesh = jax.tree.leaves(abstract)[0].sharding.mesh
-  load = hub.open_store if hub.is_store(path) else hub.load_folder
-  loaded = load(os.fspath(path), mesh=mesh, dtype=model.param_dtype)
-  names = {f.name for f in dataclasses.fields(ModelConfig)} & {
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size",
-  }  # fmt: skip
-  theirs, ours = jax.tree.structure(loaded.params), jax.tree.structure(abstract)
-  shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (loaded.params, abstract)]
-  if theirs != ours or shapes[0] != shapes[1]:
-    fields = ", ".join(
-      f"{name}: {getattr(loaded.config, name)} there, {getattr(model, name)} here"
-      for name in sorted(names)
-      if getattr(loaded.config, name) != getattr(model, name)
-    )
-    raise ConfigError(
-      f"the weights of {path} are of another architecture than the run's model "
-      f"({fields or 'its parameters have other names or shapes'})"
-    )
-  return jax.tree.map(lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding),
-                      loaded.params, abstract)  # fmt: skip
+  if hub.is_store(path):
+    loaded = hub.open_store(path, mesh=mesh, dtype=model.param_dtype)
+  else:
+    loaded = hub.load_folder(os.fspath(path), mesh=mesh, dtype=model.param_dtype, ids=_ids(model))
+  _require_shapes(path, loaded.params, loaded.config, model)
+  return jax.tree.map(
+    lambda x, to: jax.device_put(x.astype(to.dtype), to.sharding), loaded.params, abstract
+  )
 
 
 def _listed(steps: Sequence[int]) -> str:

@@ -77,7 +77,7 @@ class Normalization(abc.ABC):
 
   @abc.abstractmethod
   def __call__(self, batch: Batch, noised: Noised) -> jax.Array:
-    """Divisors, broadcastable to [B, 1], at least 1, computed over the global batch."""
+    """Divisors, broadcastable to [B, L], at least 1, computed over the global batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +90,23 @@ class BatchLength(Normalization):
 
 @dataclasses.dataclass(frozen=True)
 class ResponseLength(Normalization):
-  """Fine-tuning: each row by its response length (its maskable tokens), then the mean over rows.
+  """Fine-tuning: each response by its length (its maskable tokens), then the mean over responses.
 
-  Rows without a response do not count. EOS that pads a response counts as response where the data
-  pipeline says so in `maskable` (LLaDA does).
+  A segment has one response: a row has as many as documents are packed into it. Segments without a
+  response do not count. EOS that pads a response counts as response where the data pipeline says so
+  in `maskable` (LLaDA does).
   """
 
   def __call__(self, batch, noised):
-    lengths = jnp.sum(batch.maskable, axis=1, keepdims=True, dtype=jnp.float32)  # [B, 1]
-    rows = jnp.maximum(jnp.sum(lengths > 0, dtype=jnp.float32), 1.0)
-    return jnp.maximum(lengths, 1.0) * rows
+    segments = batch.segment_ids
+    most = segments.shape[1] + 1
+
+    def lengths_of(segments, maskable):
+      return jnp.zeros(most, jnp.float32).at[segments].add(maskable.astype(jnp.float32))
+
+    lengths = jax.vmap(lengths_of)(segments, batch.maskable)  # [B, segments]
+    responses = jnp.maximum(jnp.sum(lengths > 0, dtype=jnp.float32), 1.0)
+    return jnp.maximum(jnp.take_along_axis(lengths, segments, axis=1), 1.0) * responses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +176,7 @@ class Objective:
     t = self.times(time_key(seed, step), rows)
     keys = noise_keys(seed, step, jnp.arange(rows, dtype=jnp.uint32))
     noised = mask_tokens(batch, t, keys, schedule=self.schedule, mask_id=mask_id)
-    scale = self.weight(self.schedule, t)[:, None] / self.normalize(batch, noised)  # [B, 1]
+    scale = self.weight(self.schedule, t)[:, None] / self.normalize(batch, noised)
     real = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
     return WeightedNoised(
       tokens=noised.tokens,

@@ -48,7 +48,7 @@ def config() -> Experiment:
     objective=Objective(balance_loss=0.01, z_loss=0.001),
     # Ours: AdamW as LLaDA-8B (arXiv 2502.09992): 2,000 updates to 4e-4, then constant; clipping.
     optimizer=OptimizerConfig(
-      peak=4e-4, schedule=Constant(warmup=2000), b1=0.9, b2=0.95, weight_decay=0.1, clip=1.0
+      peak=4e-4, schedule=Constant(warmup=2000), weight_decay=0.1, clip=1.0
     ),
     sampler=SamplerConfig(gen_length=1024, steps=1024, block_length=64),
     mesh=MeshConfig(data=1, fsdp=-1),

@@ -37,10 +37,10 @@ def call(monkeypatch, capsys, *arguments):
   return end.value.code, capsys.readouterr().out
 
 
-def test_prepare_in_processes_and_verify(tmp_path, monkeypatch, capsys):
+def test_prepare_and_verify(tmp_path, monkeypatch, capsys):
   source, target = tmp_path / "c.jsonl", tmp_path / "out"
   source.write_text("".join(json.dumps({"body": f"text {i} " * 9}) + "\n" for i in range(300)))
-  flags = ["prepare", f"--source={source}", f"--target={target}", "--length=128", "--workers=2",
+  flags = ["prepare", f"--source={source}", f"--target={target}", "--length=128", "--workers=1",
            "--text_field=body", "--heldout=0.1", "--unit_bytes=8000", "--packing=best_fit"]  # fmt: skip
   made = run(*flags)
   assert made.returncode == 0, made.stderr

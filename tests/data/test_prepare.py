@@ -22,7 +22,7 @@ from lladax.data.tokenizer import Bytes, make_tokenizer
 from lladax.data.transforms import unpack
 from lladax.data.units import Reading
 from lladax.data.verify import describe, open_side, verify
-from lladax.data.work import is_heldout
+from lladax.data.work import Workers, is_heldout
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -142,6 +142,21 @@ def test_three_workers_write_the_bytes_of_one(corpus, tmp_path):
   )
 
 
+@pytest.mark.slow
+def test_errors_and_deaths_of_workers(corpus, tmp_path):
+  folder, texts = corpus
+  path = folder / "c.jsonl"
+  path.write_text(path.read_text() + "{broken\n")
+  with pytest.raises(ValueError, match=rf"c\.jsonl:{len(texts) + 1}: not JSON"):
+    prepare(recipe_of(folder), tmp_path / "out", workers=2)
+  with pytest.raises(RuntimeError, match="a worker process was killed"), Workers(2) as pool:
+    pool.run(die, [(1,), (2,)], lambda: None)
+
+
+def die(number, report):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Killed(BaseException):
   pass
 
@@ -178,6 +193,8 @@ def test_killed_at_any_file_and_started_again(corpus, tmp_path, monkeypatch, mom
     except Killed:
       pass
     monkeypatch.setattr(os, "replace", replace)
+    if target.exists():
+      (target / ".train-000000.array_record.1").write_bytes(b"of a process that was killed")
     if not (target / "manifest.json").exists() and (target / "plan.json").exists():
       with pytest.raises(FileNotFoundError, match="finish it with: python -m lladax.data prepare"):
         read_manifest(target)
@@ -308,14 +325,13 @@ def test_nothing_is_written_for_bad_input(corpus, tmp_path):
   assert not target.exists()
 
 
-def test_a_bad_line_is_named_and_mended(corpus, tmp_path):
+def test_a_bad_line_and_no_text_are_named(corpus, tmp_path):
   folder, texts = corpus
   path, target = folder / "c.jsonl", tmp_path / "out"
   good = path.read_text()
   path.write_text(good + "{broken\n")
-  for workers in (1, 2):
-    with pytest.raises(ValueError, match=rf"c\.jsonl:{len(texts) + 1}: not JSON"):
-      prepare(recipe_of(folder), target, workers=workers)
+  with pytest.raises(ValueError, match=rf"c\.jsonl:{len(texts) + 1}: not JSON"):
+    prepare(recipe_of(folder), target)
   with pytest.raises(ValueError, match="no text to train on"):
     (folder / "empty.jsonl").write_text('{"text": ""}\n')
     prepare(recipe_of(folder, sources=(str(folder / "empty.jsonl"),)), tmp_path / "nothing")

@@ -1,5 +1,6 @@
 """Laws of prepare: rows are the documents, and neither workers nor kills change a byte."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,11 +10,16 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lladax.data import manifest as manifest_module
 from lladax.data import prepare as prepare_module
 from lladax.data import shards as shards_module
+from lladax.data import units as units_module
+from lladax.data import work as work_module
 from lladax.data.manifest import read_manifest, read_tokenizer
 from lladax.data.packing import BestFit
 from lladax.data.prepare import Progress, Recipe, prepare
@@ -80,6 +86,57 @@ def test_the_rows_are_the_documents(corpus, tmp_path, tokenizer, length):
     assert manifest.total("padding", side) == rows.tokens.size - rows.num_tokens
     assert manifest.total("rows", side) == len(rows)
   assert not verify(tmp_path / "out")
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+  st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=12),
+  st.integers(1, 30),
+  st.integers(1, 200),
+  st.sampled_from([0.0, 0.5]),
+)
+def test_any_documents_come_back(tmp_path_factory, texts, length, unit_bytes, heldout):
+  folder = tmp_path_factory.mktemp("any")
+  (folder / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+  if all(is_heldout(text, heldout, 0) for text in texts):
+    return
+  recipe = recipe_of(folder, length=length, unit_bytes=unit_bytes, heldout=heldout)
+  prepare(recipe, folder / "out")
+  for side, held in (("train", False), ("heldout", True)):
+    found, _ = read_side(folder / "out", side)
+    assert found == [text for text in texts if is_heldout(text, heldout, 0) == held]
+
+
+def test_a_dataset_of_the_hub(corpus, tmp_path, monkeypatch):
+  folder, texts = corpus
+  table = pa.table({"body": texts, "other": range(len(texts))})
+
+  class Dataset:
+    """What `datasets` gives, of a table in memory."""
+
+    column_names, size_in_bytes, _fingerprint = table.column_names, 9_000, "f00"
+
+    def __len__(self):
+      return len(table)
+
+    def __getitem__(self, rows):
+      return table[rows].to_pydict()
+
+  monkeypatch.setattr(units_module, "load_hub", lambda name: Dataset())
+  monkeypatch.setattr(work_module, "load_hub", lambda name: Dataset())
+  units_module._hub.cache_clear()
+  recipe = Recipe(
+    sources=("hf:some/set",), length=64, heldout=0.0, unit_bytes=2_000,
+    reading=Reading(text_field="body"),
+  )  # fmt: skip
+  manifest = prepare(recipe, tmp_path / "out")
+  assert len(manifest.train) == 5 and read_side(tmp_path / "out", "train")[0] == texts
+  assert manifest.sources[0]["files"] == [
+    {"path": "hf:some/set", "rows": len(texts), "fingerprint": "f00"}
+  ]
+  with pytest.raises(ValueError, match="no field 'text'; it has 'body', 'other'"):
+    prepare(dataclasses.replace(recipe, reading=Reading()), tmp_path / "other")
+  units_module._hub.cache_clear()
 
 
 def test_best_fit_rows_hold_whole_documents(corpus, tmp_path):

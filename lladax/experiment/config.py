@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lladax.data import DataConfig
+from lladax.data import BatchesConfig, DataConfig
 from lladax.diffusion import Objective
 from lladax.experiment.start import Best, Start
 from lladax.infer import SamplerConfig
@@ -54,7 +54,7 @@ class Experiment:
   name: str
   model: ModelConfig
   objective: Objective = Objective()
-  data: DataConfig = DataConfig()
+  data: BatchesConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   sampler: SamplerConfig = SamplerConfig()
   mesh: MeshConfig = MeshConfig()

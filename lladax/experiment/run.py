@@ -21,6 +21,7 @@ from lladax.experiment.start import (
   check_tokenizer,
   data_position,
   find_origin,
+  origin_tokenizer,
   read_origin,
   write_origin,
 )
@@ -90,13 +91,16 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
   workdir = epath.Path(workdir)
   with _one_line():
     _check_workdir(config, workdir)
-    data = load_data(config.data, vocab_size=config.model.vocab_size)
+    origin = tokenizer = None
+    if config.start is not None:
+      origin = find_origin(config.start, workdir, config.model)
+      if getattr(config.data, "tokenizer", "") is None:
+        tokenizer = origin_tokenizer(origin)
+    data = load_data(config.data, tokenizer=tokenizer, vocab_size=config.model.vocab_size)
     config = with_special_ids(config, data.tokenizer)
     mesh = make_mesh(config.mesh)
     _check_mesh(config, mesh)
-    origin = None
-    if config.start is not None:
-      origin = find_origin(config.start, workdir, config.model)
+    if origin is not None:
       check_tokenizer(origin, data.tokenizer)
   _write_config(config, workdir)
   if origin is not None:

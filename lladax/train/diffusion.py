@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import optax
 
@@ -22,6 +25,7 @@ def make_diffusion_step(
   microbatches: int = 1,
   learning_rate: optax.Schedule | None = None,
   shardings: TrainState | None = None,
+  network: Callable[[Any], Any] = lambda params: params,
 ):
   """The jitted step `(state, batch) -> (state, metrics)`; see `make_train_step`.
 
@@ -29,6 +33,7 @@ def make_diffusion_step(
     model: the network; `mask_token_id` is what masks.
     objective: noise, loss and the router's losses.
     seed: of the noise, which is a function of it, the step and the row of the batch.
+    network: what is trained -> the parameters of the model, where they are not the same.
   """
 
   def prepare(batch: Batch, step: jax.Array):
@@ -37,7 +42,7 @@ def make_diffusion_step(
   def loss(params, examples, share: float, load_share: jax.Array | None = None):
     batch, noised = examples
     groups = time_buckets(noised.t)
-    token_nll = bind_token_nll(model, params, batch.positions, batch.segment_ids, groups)
+    token_nll = bind_token_nll(model, network(params), batch.positions, batch.segment_ids, groups)
     total, sums, stats = masked_nll(
       token_nll, batch, noised, objective=objective, share=share, load_share=load_share
     )
@@ -48,7 +53,7 @@ def make_diffusion_step(
 
   def count(params, examples) -> jax.Array:
     batch, noised = examples
-    return count_load(model, params, noised.tokens, batch.positions, batch.segment_ids)
+    return count_load(model, network(params), noised.tokens, batch.positions, batch.segment_ids)
 
   balance = None
   if model.num_routed_layers and objective.balance_loss:

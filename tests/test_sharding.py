@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from lladax import sharding
 from lladax.models import init_variables, tiny
 from lladax.scaling import aot
 from lladax.scaling.chips import parse_slice
@@ -171,3 +172,26 @@ def test_a_mesh_that_does_not_fit_the_torus():
   with pytest.raises(ValueError, match="fsdp=8,expert=8 does not fit the torus") as error:
     make_mesh(MeshConfig(fsdp=8, expert=8), chips)
   assert "; fsdp=4,expert=16; fsdp=16,expert=4" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "own", "rows"),
+  [
+    ({"data": 4, "context": 2}, range(8), range(8)),  # one process holds all
+    ({"data": 8}, [2, 3], [2, 3]),
+    ({"data": 2, "fsdp": 4}, [1, 6], [1, 6]),  # devices that are not neighbours
+    ({"data": 2, "context": 4}, [0, 1], [0, 1, 2, 3]),  # a part of the sequence of each row
+    ({"data": 2, "context": 4}, [2, 3], [0, 1, 2, 3]),  # and another process the rest
+  ],
+)
+def test_a_process_feeds_the_rows_of_its_devices(sizes, own, rows, monkeypatch):
+  mesh = make_mesh(MeshConfig(**sizes))
+  whole = sharding.batch_sharding(mesh)
+  mine = {mesh.devices.flat[i] for i in own}
+
+  class OfOneProcess:
+    def addressable_devices_indices_map(self, shape):
+      return {d: i for d, i in whole.devices_indices_map(shape).items() if d in mine}
+
+  monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: OfOneProcess())
+  assert sharding.own_rows(mesh, 8).tolist() == list(rows)

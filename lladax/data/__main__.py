@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from lladax.data.manifest import SIDES, read_manifest
 from lladax.data.prepare import PACKINGS, Progress, Recipe, prepare
 from lladax.data.units import Reading
 from lladax.data.verify import describe, verify
@@ -122,7 +123,22 @@ def run_inspect(arguments: Sequence[str]):
 
 def run_verify(arguments: Sequence[str]) -> int:
   folder = _folder(arguments)
-  problems = verify(folder)
+  size = sum(shard.size for side in SIDES for shard in getattr(read_manifest(folder), side))
+  # Processes take seconds to start.
+  workers = FLAGS.workers if size > 1 << 30 else 1
+  shown = ProgressBar() if sys.stderr.isatty() else ProgressLines()
+  started = time.monotonic()
+
+  def show(done: int, total: int):
+    if FLAGS.progress:
+      seconds = time.monotonic() - started
+      shown(Progress(stage="verify", done=done, total=total, tokens=0, seconds=seconds,
+                     workers=workers))  # fmt: skip
+
+  try:
+    problems = verify(folder, workers=workers, show=show)
+  finally:
+    shown.close()
   for problem in problems:
     print(problem)
   print(f"{folder}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
@@ -146,7 +162,12 @@ def _folder(arguments: Sequence[str]) -> pathlib.Path:
 
 # --- Progress ---
 
-_STAGES = {"hash": "hashing", "tokenizer": "training the tokenizer", "rows": "preparing"}
+_STAGES = {
+  "hash": "hashing",
+  "tokenizer": "training the tokenizer",
+  "rows": "preparing",
+  "verify": "verifying",
+}
 
 
 class ProgressLines:

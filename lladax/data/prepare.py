@@ -99,7 +99,8 @@ class Recipe:
 
   def command(self, target: pathlib.Path) -> str:
     """The command that prepares it, flags at their defaults left out."""
-    flags = {"packing": next((n for n, p in PACKINGS.items() if p == self.packing), None)}
+    named = [name for name, packing in PACKINGS.items() if packing == self.packing]
+    flags = {"packing": named[0] if named else repr(self.packing)}
     flags |= dataclasses.asdict(self.reading)
     flags |= {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
               if field.name not in ("sources", "packing", "reading")}  # fmt: skip
@@ -115,7 +116,7 @@ class Progress:
   """How far the work is.
 
   Attributes:
-    stage: "hash", "tokenizer" or "rows".
+    stage: "hash", "tokenizer", "rows" or "verify".
     done, total: bytes of the sources, or 0.
     tokens: made so far, in this process's lifetime.
     seconds: since the stage began.

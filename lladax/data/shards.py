@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from lladax.config import ConfigError
 from lladax.data.transforms import Rows
 
 # One record a chunk: a row is read without its neighbours.
@@ -24,8 +25,8 @@ _WRITER_OPTIONS = "group_size:1,zstd:1"
 _OPEN_FILES = 256
 
 
-class ShardError(ValueError):
-  """A shard is missing, damaged, or not what its manifest says."""
+class ShardError(ConfigError):
+  """A shard is missing, damaged, or not what its manifest says; found while a run reads it, too."""
 
 
 def token_type(vocab_size: int) -> np.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -19,6 +21,7 @@ from lladax.data.shards import (
   token_type,
 )
 from lladax.data.tokenizer import Tokenizer
+from lladax.data.work import Report, Workers
 
 
 def open_side(
@@ -71,7 +74,10 @@ def _table(manifest: Manifest) -> Iterator[str]:
 
 
 def verify(
-  folder: pathlib.Path, show: Callable[[int, int], object] = lambda done, total: None
+  folder: pathlib.Path,
+  *,
+  workers: int = 1,
+  show: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[str]:
   """What is wrong with a prepared folder, one line each; none if nothing is.
 
@@ -79,7 +85,9 @@ def verify(
   segments and tokens are as many as the manifest says.
 
   Args:
-    show: called with the shards done and their number.
+    folder: with its manifest.
+    workers: processes.
+    show: called with bytes done and all of them, now and then.
 
   Raises:
     FileNotFoundError, ValueError: without a manifest, or with a damaged one.
@@ -91,14 +99,22 @@ def verify(
   except (ValueError, FileNotFoundError) as error:
     problems.append(str(error))
   shards = [*manifest.train, *manifest.heldout]
-  for done, shard in enumerate(shards):
-    show(done, len(shards))
-    problems += _problems(folder, shard, manifest)
-  show(len(shards), len(shards))
+  total = sum(shard.size for shard in shards)
+  bare = dataclasses.replace(manifest, train=(), heldout=(), sources=[])  # goes with every task
+  with Workers(min(workers, len(shards))) as pool:
+    found = pool.run(
+      _problems, [(folder, shard, bare) for shard in shards], lambda: show(pool.done[0], total)
+    )
+  return [*problems, *itertools.chain(*found)]
+
+
+def _problems(folder: pathlib.Path, shard: Shard, manifest: Manifest, report: Report) -> list[str]:
+  problems = list(_shard_problems(folder, shard, manifest))
+  report(shard.size, 0)
   return problems
 
 
-def _problems(folder: pathlib.Path, shard: Shard, manifest: Manifest) -> Iterator[str]:
+def _shard_problems(folder: pathlib.Path, shard: Shard, manifest: Manifest) -> Iterator[str]:
   path = folder / shard.name
   try:
     check_shard(folder, shard)

@@ -203,6 +203,9 @@ def test_three_workers_write_the_bytes_of_one(corpus, tmp_path):
 def test_errors_and_deaths_of_workers(corpus, tmp_path):
   folder, texts = corpus
   path = folder / "c.jsonl"
+  manifest = prepare(recipe_of(folder), tmp_path / "good")
+  (tmp_path / "good" / manifest.train[2].name).unlink()
+  assert len(verify(tmp_path / "good", workers=2)) == 1
   path.write_text(path.read_text() + "{broken\n")
   with pytest.raises(ValueError, match=rf"c\.jsonl:{len(texts) + 1}: not JSON"):
     prepare(recipe_of(folder), tmp_path / "out", workers=2)
@@ -426,7 +429,9 @@ def test_verify_and_reading_name_shard_and_row(corpus, tmp_path):
   content = bytearray(path.read_bytes())
   content[200] ^= 4
   path.write_bytes(content)
-  problems = verify(target)
+  told = []
+  problems = verify(target, show=lambda done, total: told.append((done, total)))
+  assert told[-1][0] == told[-1][1] > 0
   assert any("sha256" in line for line in problems)
   assert any(f"{path}: row " in line for line in problems)
   reader = open_side(target, manifest, "train", Bytes())

@@ -5,6 +5,7 @@ import functools
 import unittest.mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from lladax.sharding import MeshConfig, make_mesh, use_mesh
 from lladax.train import (
   AdamW,
   BiasUpdate,
+  Constant,
   Muon,
   OptimizerConfig,
   ema_params,
@@ -234,6 +236,33 @@ def test_muon_biases_and_the_average_do_not_depend_on_the_mesh():
     jax.tree.leaves(ema_params(many)), jax.tree.leaves(many.params), strict=True
   ):
     assert average.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+def test_bfloat16_compute_has_float32_master_weights():
+  base = experiment(Fsdp())
+  config = dataclasses.replace(
+    base,
+    model=dataclasses.replace(base.model, dtype="bfloat16", param_dtype="float32"),
+    # Far below what bfloat16 resolves of weights of 0.02.
+    optimizer=OptimizerConfig(peak=1e-6, schedule=Constant(), weight_decay=0.0, ema=0.9),
+  )
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  with use_mesh(make_mesh(devices=jax.devices()[:1])) as mesh:
+    state = init_state(
+      lambda key: init_variables(config.model, key)["params"], optimizer, config.seed, mesh
+    )
+    before = jax.device_get(state.params)
+    step = train_step(config, state_shardings(state))
+    text = step.lower(state, place(batch(0), mesh)).as_text()
+    state, _ = step(state, place(batch(0), mesh))
+  floats = [x for x in jax.tree.leaves(state) if np.issubdtype(x.dtype, np.floating)]
+  assert {x.dtype.name for x in floats} == {"float32"}  # parameters, moments, the average
+  assert "xbf16>" in text  # and yet products are of bfloat16
+  kernel = [np.asarray(p["layers"]["moe"]["down"]) for p in (before, state.params)]
+  moved = kernel[0] != kernel[1]
+  assert moved.mean() > 0.5
+  same = kernel[0].astype(jnp.bfloat16) == kernel[1].astype(jnp.bfloat16)
+  assert (moved & same).mean() > 0.4  # steps that would be lost without them
 
 
 def test_dropped_slots_are_recorded():

@@ -33,7 +33,7 @@ FLOORS |= {
   "generate": {"lladax", "model", *BELOW},  # the command
   "host": BELOW,
 }
-FLOORS["experiment"] = {*FLOORS}
+FLOORS["experiment"] = {*FLOORS, "scaling.flops", "scaling.chips"}
 # What an experiment would be on other machines; only its counts of operations stand lower.
 FLOORS["scaling"] = {"experiment", *BELOW}
 FLOORS["plan"] = {"scaling", "experiment", *BELOW}  # the command

@@ -96,7 +96,7 @@ def _unknown_field(dotted: str, name: str, cls: type, known) -> str:
   return f"{dotted}: {cls.__name__} has no field {name!r};{hint} fields: {', '.join(known)}"
 
 
-def _construct(make, path: str, *args, **kwargs):
+def _construct(make, path: str, /, *args, **kwargs):
   """Calls a constructor; a ValueError or TypeError of its becomes one line that names the path."""
   try:
     return make(*args, **kwargs)

@@ -47,6 +47,27 @@ class Batch:
 
 
 @struct.dataclass
+class RowGroups:
+  """To which group each row of a batch belongs, for statistics by group.
+
+  Attributes:
+    index: int32[B], below `count`.
+    count: the number of groups, static.
+  """
+
+  index: jax.Array
+  count: int = struct.field(pytree_node=False)
+
+  def one_hot(self) -> jax.Array:
+    """float32[B, count]."""
+    return (self.index[:, None] == jnp.arange(self.count)).astype(jnp.float32)
+
+  def of_tokens(self, length: int) -> RowGroups:
+    """The groups of the B * length tokens of the rows."""
+    return RowGroups(jnp.repeat(self.index, length), self.count)
+
+
+@struct.dataclass
 class Sums:
   """Numerators and denominators by name: added over microbatches and hosts, divided once.
 

@@ -23,6 +23,7 @@ FLOORS = {
   "infer": {"types", "models.cache"},
   "hub": {"models", "moe", "data", *GROUND},
   "train": {"models", "diffusion", "data", *GROUND},
+  "tune": {"models", "diffusion", "data", "hub", "train", *GROUND},
 }
 BELOW = {*FLOORS}
 FLOORS |= {

@@ -1,5 +1,6 @@
 """Masked diffusion without a network: noise, objective and likelihood bound."""
 
+from lladax.diffusion.balance import BalanceLoad, BatchLoad, PreviousLoad
 from lladax.diffusion.forward import (
   Antithetic,
   Band,
@@ -22,14 +23,16 @@ from lladax.diffusion.objective import (
   Weighting,
   masked_nll,
   nll_from_logits,
-  router_loss,
+  time_buckets,
 )
 from lladax.diffusion.schedule import Cosine, Linear, Polynomial, Schedule
 
 __all__ = [
   "Antithetic",
+  "BalanceLoad",
   "Band",
   "BatchLength",
+  "BatchLoad",
   "Cosine",
   "Elbo",
   "Linear",
@@ -37,6 +40,7 @@ __all__ = [
   "Normalization",
   "Objective",
   "Polynomial",
+  "PreviousLoad",
   "ResponseLength",
   "Schedule",
   "Stratified",
@@ -51,5 +55,5 @@ __all__ = [
   "nll_from_logits",
   "noise_keys",
   "repeat_rows",
-  "router_loss",
+  "time_buckets",
 ]

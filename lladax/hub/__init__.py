@@ -1,6 +1,7 @@
 """Released weights in and out: Hugging Face folders to parameters and back."""
 
 from lladax.hub.chat import BUILT_IN, Chat, ChatTemplate, read_chat_template
+from lladax.hub.chat_tokenizer import ChatTokenizer, chat_tokenizer, read_chat
 from lladax.hub.export import ExportError, save_folder
 from lladax.hub.families import FAMILIES, Family, family_for, family_of
 from lladax.hub.family import IDS
@@ -16,11 +17,13 @@ __all__ = [
   "IDS",
   "Chat",
   "ChatTemplate",
+  "ChatTokenizer",
   "ExportError",
   "Family",
   "FolderError",
   "Loaded",
   "Source",
+  "chat_tokenizer",
   "family_for",
   "family_of",
   "import_to",
@@ -28,6 +31,7 @@ __all__ = [
   "load_folder",
   "open_folder",
   "open_store",
+  "read_chat",
   "read_chat_template",
   "read_folder_tokenizer",
   "save_folder",

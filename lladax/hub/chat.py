@@ -8,7 +8,6 @@ as text: only the template itself can end a turn.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 import json
@@ -16,13 +15,14 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
 from lladax.data.tokenizer import JsonTokenizer
 from lladax.hub.ids import end_of_turn_id, token_text, tokenizer_config
 from lladax.hub.reader import FolderError
+from lladax.hub.sandbox import compile_template
 
 ROLES = ("system", "user", "assistant", "tool")
 # Tokens with which published templates end a turn; the first one that a template spells counts.
@@ -73,6 +73,17 @@ _CHATML = (
 )
 
 
+# For models whose tokenizer has no special tokens to spare: roles as words. A message can imitate
+# them, which the other templates exclude.
+_PLAIN = (
+  "{% for message in messages %}"
+  "{% if message.role == 'tool' %}" + _NO_TOOLS + "{% endif %}"
+  "{{ message.role | capitalize + ':\\n' + message.content + '\\n\\n' }}"
+  "{% endfor %}"
+  "{% if add_generation_prompt %}Assistant:{{ '\\n' }}{% endif %}"
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
   """A Jinja chat template.
@@ -82,12 +93,14 @@ class ChatTemplate:
     name: for messages: of the built-in template, or where it was found.
     end_of_turn: the token that ends a turn; None: end of text does.
     special_tokens: (name, token) as `tokenizer_config.json` has them, e.g. ("bos_token", "<s>").
+    spells: special tokens that it spells by name; known of the built-in ones only.
   """
 
   source: str
   name: str
   end_of_turn: str | None = None
   special_tokens: tuple[tuple[str, str], ...] = ()
+  spells: tuple[str, ...] = ()
 
   def render(
     self,
@@ -118,7 +131,7 @@ class ChatTemplate:
       "add_generation_prompt": add_generation_prompt,
     }
     try:
-      return _compile(self.source).render(known)
+      return compile_template(self.source).render(known)
     except ImportError:
       raise
     except Exception as error:  # the template's own code: whatever it divides by zero
@@ -128,9 +141,25 @@ class ChatTemplate:
 
 
 BUILT_IN = {
-  "llada_moe": ChatTemplate(source=_LLADA_MOE, name="llada_moe", end_of_turn="<|role_end|>"),
-  "llada": ChatTemplate(source=_LLADA, name="llada", end_of_turn="<|eot_id|>"),
-  "chatml": ChatTemplate(source=_CHATML, name="chatml", end_of_turn="<|im_end|>"),
+  "llada_moe": ChatTemplate(
+    source=_LLADA_MOE,
+    name="llada_moe",
+    end_of_turn="<|role_end|>",
+    spells=("<role>", "</role>", "<|role_end|>"),
+  ),
+  "llada": ChatTemplate(
+    source=_LLADA,
+    name="llada",
+    end_of_turn="<|eot_id|>",
+    spells=("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+  ),
+  "chatml": ChatTemplate(
+    source=_CHATML,
+    name="chatml",
+    end_of_turn="<|im_end|>",
+    spells=("<|im_start|>", "<|im_end|>"),
+  ),
+  "plain": ChatTemplate(source=_PLAIN, name="plain"),
 }
 
 
@@ -213,8 +242,65 @@ class Chat:
     """
     self.end_of_turn_id  # noqa: B018  a tokenizer of another model is refused here
     check_messages(messages)
-    # Spelled special tokens travel through the template as numbers that occur nowhere else: digits
-    # survive what templates do to text (trim, upper, tojson).
+    hidden = self._hide(messages, tools)
+    text = self.template.render(
+      hidden.messages, add_generation_prompt=add_generation_prompt, tools=hidden.tools, **options
+    )
+    return self._ids(text, hidden)
+
+  def encode_turn(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+  ) -> tuple[list[int], list[int]]:
+    """Prompt and answer of a conversation that ends with the assistant, to train on.
+
+    The prompt is what `encode` gives for the messages before the last: what the model will see when
+    it is asked. The answer is what the template adds to it for the last message, encoded apart as
+    it will be generated, up to the end of the turn and with it.
+
+    Raises:
+      ValueError: as `encode`; if the last message is not the assistant's; for a template that does
+        not write an answer after the prompt it generates, or does not end it.
+    """
+    self.end_of_turn_id  # noqa: B018
+    check_messages(messages)
+    if len(messages) < 2 or messages[-1].get("role") != "assistant":
+      raise ValueError("a turn to train on is an answer of the assistant, after other messages")
+    hidden = self._hide(messages, tools)
+    render = functools.partial(self.template.render, tools=hidden.tools, **options)
+    prompt = render(hidden.messages[:-1], add_generation_prompt=True)
+    whole = render(hidden.messages, add_generation_prompt=False)
+    if not whole.startswith(prompt):
+      raise ValueError(
+        f"the chat template {self.template.name!r} begins an answer otherwise than the prompt it "
+        f"generates, which ends with {prompt[-40:]!r}: it cannot be trained on"
+      )
+    answer = whole[len(prompt) :]
+    if self.template.end_of_turn is not None:
+      answer, end, _ = answer.partition(self.template.end_of_turn)
+      if not end:
+        raise ValueError(
+          f"the chat template {self.template.name!r} does not end an answer with "
+          f"{self.template.end_of_turn!r}"
+        )
+    elif not answer.startswith(hidden.messages[-1]["content"]):
+      raise ValueError(
+        f"the chat template {self.template.name!r} has no end of turn and changes the answer: "
+        "nothing tells where it ends"
+      )
+    else:
+      answer = hidden.messages[-1]["content"]
+    return self._ids(prompt, hidden), [*self._ids(answer, hidden), self.end_of_turn_id]
+
+  def _hide(self, messages, tools) -> _Hidden:
+    """Takes spelled special tokens out of the messages.
+
+    They travel through the template as numbers that occur nowhere else: digits survive what
+    templates do to text (trim, upper, tojson).
+    """
     digest = hashlib.sha256(repr((messages, tools)).encode("utf-8", "replace")).hexdigest()
     mark = str(int(digest, 16))
     spelled: list[str] = []
@@ -224,15 +310,23 @@ class Chat:
       return f"{mark}{len(spelled) - 1:06d}"
 
     messages, tools = (_map_text(hidden, self._special, hide) for hidden in (messages, tools))
-    text = self.template.render(
-      messages, add_generation_prompt=add_generation_prompt, tools=tools, **options
-    )
-    first, *others = text.split(mark)
+    return _Hidden(messages, tools, mark, spelled)
+
+  def _ids(self, text: str, hidden: _Hidden) -> list[int]:
+    """Ids of rendered text, with what was hidden as the ids of its characters."""
+    first, *others = text.split(hidden.mark)
     ids = self._engine.encode(first, add_special_tokens=False).ids
     for part in others:
-      ids += self.tokenizer.encode(spelled[int(part[:6])])
+      ids += self.tokenizer.encode(hidden.spelled[int(part[:6])])
       ids += self._engine.encode(part[6:], add_special_tokens=False).ids
     return ids
+
+
+class _Hidden(NamedTuple):
+  messages: Any
+  tools: Any
+  mark: str
+  spelled: list[str]
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -286,41 +380,3 @@ def _map_text(value: Any, pattern: re.Pattern[str], replace: Any) -> Any:
   if isinstance(value, Sequence):
     return [_map_text(entry, pattern, replace) for entry in value]
   return value
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(source: str):
-  """The template, in a sandbox with what published templates expect besides plain Jinja."""
-  try:
-    import jinja2
-    from jinja2 import ext, nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-  except ImportError:
-    raise ImportError("chat templates need jinja2: pip install 'lladax[hub]'") from None
-
-  class Generation(ext.Extension):
-    """`{% generation %}` marks the assistant's words for training; a prompt is the same without."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-      line = next(parser.stream).lineno
-      body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-      return nodes.Scope(body).set_lineno(line)
-
-  def raise_exception(message):
-    raise jinja2.TemplateError(message)
-
-  def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    # Jinja's own escapes HTML, which no tokenizer was trained on.
-    return json.dumps(
-      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
-  )
-  environment.filters["tojson"] = tojson
-  environment.globals["raise_exception"] = raise_exception
-  environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
-  return environment.from_string(source)

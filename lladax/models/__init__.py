@@ -20,6 +20,7 @@ from lladax.models.transformer import (
   Transformer,
   abstract_params,
   bind_token_nll,
+  count_load,
   init_params,
   init_variables,
 )
@@ -35,6 +36,7 @@ __all__ = [
   "abstract_params",
   "bind_token_nll",
   "block_causal",
+  "count_load",
   "count_parameters",
   "dream_7b",
   "full",

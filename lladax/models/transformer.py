@@ -20,7 +20,7 @@ from lladax.models.layers import Embedding, RMSNorm, SwiGLU, project, rotary_tab
 from lladax.moe.layer import MoELayer
 from lladax.moe.router import RouterStats
 from lladax.sharding import constrain
-from lladax.types import Logits, PerToken, Positions, Scalar, TokenNll, Tokens
+from lladax.types import Logits, PerToken, Positions, RowGroups, Scalar, TokenNll, Tokens
 
 REMAT = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -35,7 +35,7 @@ class Layer(nn.Module):
   routed: bool
 
   @nn.compact
-  def __call__(self, x: jax.Array, rotary: tuple, mask: AttentionMask):
+  def __call__(self, x: jax.Array, rotary: tuple, mask: AttentionMask, groups: RowGroups | None):
     config = self.config
     shared = {
       "initializer_range": config.initializer_range,
@@ -47,7 +47,7 @@ class Layer(nn.Module):
     x = constrain(x, "batch", "length", "activation")  # [B, L, D]
     y = norm(name="ffn_norm")(x)
     if self.routed:
-      routed, stats = MoELayer(config.moe, name="moe", **shared)(y, mask.valid())
+      routed, stats = MoELayer(config.moe, name="moe", **shared)(y, mask.valid(), groups)
       width = config.moe.shared_expert_intermediate_size
       if width is not None:
         routed = routed + SwiGLU(width, name="shared_expert", **shared)(y)
@@ -60,8 +60,8 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
   """Tokens to logits, or to the weighted negative log-likelihood of targets.
 
-  Methods take noisy tokens int32[B, L]; `positions` default to 0 .. L-1 and `mask` to full
-  attention.
+  Methods take noisy tokens int32[B, L]; `positions` default to 0 .. L-1, `mask` to full attention
+  and `groups`, by which the routers' statistics are summed, to one group of all rows.
   """
 
   config: ModelConfig
@@ -104,9 +104,10 @@ class Transformer(nn.Module):
     *,
     positions: Positions | None = None,
     mask: AttentionMask | None = None,
+    groups: RowGroups | None = None,
   ) -> tuple[Logits, RouterStats | None]:
     """float32 logits [B, L, V] and the routers' statistics, stacked over routed layers [n, ...]."""
-    hidden, stats = self.hidden(tokens, positions=positions, mask=mask)
+    hidden, stats = self.hidden(tokens, positions=positions, mask=mask, groups=groups)
     kernel, axes = self._head()
     return project(hidden, kernel, axes, dtype=jnp.float32), stats
 
@@ -118,12 +119,13 @@ class Transformer(nn.Module):
     *,
     positions: Positions | None = None,
     mask: AttentionMask | None = None,
+    groups: RowGroups | None = None,
   ) -> tuple[Scalar, PerToken, RouterStats | None]:
     """sum of weights * nll, the nll itself (0 where the weight is) and the routers' statistics.
 
     The head is computed for weighted positions only; see `lladax.models.head`.
     """
-    hidden, stats = self.hidden(tokens, positions=positions, mask=mask)
+    hidden, stats = self.hidden(tokens, positions=positions, mask=mask, groups=groups)
     total, nll = weighted_nll_on_mesh(hidden, *self._head(), targets, weights)
     return total, nll, stats
 
@@ -133,6 +135,7 @@ class Transformer(nn.Module):
     *,
     positions: Positions | None = None,
     mask: AttentionMask | None = None,
+    groups: RowGroups | None = None,
   ) -> tuple[jax.Array, RouterStats | None]:
     """Final hidden states [B, L, D], after the last norm: the one at i predicts token i."""
     config = self.config
@@ -147,9 +150,9 @@ class Transformer(nn.Module):
     rotary = rotary_tables(positions, config.rotary_size, config.rope_theta, x.dtype)
     stats = None
     if config.num_dense_layers:
-      x, _ = self.dense_layers(x, rotary, mask)
+      x, _ = self.dense_layers(x, rotary, mask, None)
     if config.num_routed_layers:
-      x, stats = self.layers(x, rotary, mask)
+      x, stats = self.layers(x, rotary, mask, groups)
     x = self.final_norm(x)
     if config.shift:
       before = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
@@ -193,8 +196,13 @@ class Denoiser:
     return logits
 
 
-def bind_token_nll(config: ModelConfig, params, positions, segment_ids) -> TokenNll:
-  """The network as an objective calls it, for rows of these positions and segments."""
+def bind_token_nll(
+  config: ModelConfig, params, positions, segment_ids, groups: RowGroups | None = None
+) -> TokenNll:
+  """The network as an objective calls it, for rows of these positions and segments.
+
+  `groups`: by which the routers' statistics, its aux, are summed.
+  """
 
   def token_nll(tokens, targets, weights):
     return Transformer(config).apply(
@@ -204,10 +212,19 @@ def bind_token_nll(config: ModelConfig, params, positions, segment_ids) -> Token
       weights,
       positions=positions,
       mask=segments(segment_ids),
+      groups=groups,
       method="token_nll",
     )
 
   return token_nll
+
+
+def count_load(config: ModelConfig, params, tokens: Tokens, positions, segment_ids) -> jax.Array:
+  """float32[n, E]: `RouterStats.load` of these rows, all of them one group. No head is computed."""
+  _, stats = Transformer(config).apply(
+    {"params": params}, tokens, positions=positions, mask=segments(segment_ids), method="hidden"
+  )
+  return stats.load.sum(-2)
 
 
 def init_variables(config: ModelConfig, key: jax.Array, shape: tuple[int, int] = (1, 2)):

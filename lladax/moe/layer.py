@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lladax.moe.expert_parallel import Exchange, Experts, Fsdp
 from lladax.moe.router import Router, RouterStats, TopKSoftmax, router_stats
 from lladax.sharding import axes_in, joined, on_devices, spec
+from lladax.types import RowGroups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class MoELayer(nn.Module):
 
   Gate and up projections of an expert lie in one matrix [D, 2F], gate first. Router, dispatch and
   experts run in one `shard_map`; the statistics are of the whole batch, whatever the mesh.
+  `valid`: bool[B, L], False on padding; `groups`: of the rows, for the statistics.
   """
 
   config: MoEConfig
@@ -64,7 +66,9 @@ class MoELayer(nn.Module):
   param_dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, RouterStats]:
+  def __call__(
+    self, x: jax.Array, valid: jax.Array | None = None, groups: RowGroups | None = None
+  ) -> tuple[jax.Array, RouterStats]:
     config, width = self.config, x.shape[-1]
     E, F = config.num_experts, config.expert_intermediate_size
     of_gate_up, of_down = config.exchange.axes
@@ -86,7 +90,7 @@ class MoELayer(nn.Module):
     config.exchange.check(experts)
     whole = joined()
 
-    def local(x, router, gate_up, down, bias, valid):
+    def local(x, router, gate_up, down, bias, valid, groups):
       tokens = x.reshape(-1, width)  # [T, D]
       logits = jnp.dot(tokens.astype(jnp.float32), router)  # [T, E]
       routing = config.router(logits, config.num_experts_per_tok, bias)
@@ -100,14 +104,17 @@ class MoELayer(nn.Module):
         implementation=config.implementation,
       )
       valid = None if valid is None else valid.reshape(-1)
-      stats = router_stats(logits, routing, valid, dropped=dropped, axes=experts.rows)
+      of_tokens = None if groups is None else groups.of_tokens(x.shape[1])
+      stats = router_stats(
+        logits, routing, valid, groups=of_tokens, dropped=dropped, axes=experts.rows
+      )
       return y.reshape(x.shape), stats
 
     return on_devices(
       local,
-      (rows, whole, experts.gate_up, experts.down, whole, joined(*rows[:2])),
+      (rows, whole, experts.gate_up, experts.down, whole, joined(*rows[:2]), joined(rows[0])),
       (rows, whole),
-      *(x, router, gate_up, down, bias, valid),
+      *(x, router, gate_up, down, bias, valid, groups),
     )
 
   def _param(self, name, shape, axes, dtype=None):

@@ -14,29 +14,63 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lladax.types import RowGroups
+
 
 @struct.dataclass
 class RouterStats:
-  """Means over the real tokens of one layer; stacked to [n, ...] over layers.
+  """Sums over the real tokens of one layer, by group of rows; stacked to [n, ...] over layers.
+
+  Sums and not means: those of the parts of a batch (devices, microbatches, hosts) add up to those
+  of the batch, and are divided once, by the tokens of the batch. G groups, of which a row of the
+  batch is in one (`lladax.types.RowGroups`).
 
   Attributes:
-    load: float32[E], fraction of the T * k slots that each expert received. Adds up to 1.
-    probability: float32[E], mean router probability. Adds up to 1.
-    entropy: float32[], mean entropy of a token's router distribution, in nats.
-    balance_loss: float32[], E * sum_e load_e * probability_e: 1 when balanced, at most E. This is
-      the normalised form; the form that sums over the k slots is k times as large (facts of
-      LLaDA-MoE, arXiv 2509.24389, leave the choice open).
-    z_loss: float32[], mean of logsumexp(logits)^2.
-    dropped: float32[], slots that no expert computed, a number and not a mean. 0 unless the
-      exchange was asked to drop what its buffer does not hold.
+    tokens: float32[G], real tokens.
+    load: float32[G, E], the slots that each expert received, divided by k: adds up to `tokens`.
+      A count, without gradient.
+    probability: float32[G, E], router probabilities, normalised: adds up to `tokens`.
+    entropy: float32[G], entropies of the tokens' router distributions, in nats.
+    z: float32[G], logsumexp(logits)^2.
+    dropped: float32[], slots that no expert computed. 0 unless the exchange was asked to drop what
+      its buffer does not hold.
   """
 
+  tokens: jax.Array
   load: jax.Array
   probability: jax.Array
   entropy: jax.Array
-  balance_loss: jax.Array
-  z_loss: jax.Array
+  z: jax.Array
   dropped: jax.Array
+
+  def load_share(self) -> jax.Array:
+    """float32[..., E]: the part of all slots that each expert received. Adds up to 1, or 0."""
+    return self.load.sum(-2) / jnp.maximum(self.tokens.sum(-1), 1.0)[..., None]
+
+  def balance_loss(
+    self, load_share: jax.Array | None = None, tokens: jax.Array | float | None = None
+  ) -> jax.Array:
+    """float32[...]: E * sum_e load_e * probability_e, 1 when balanced, at most E.
+
+    The load is a count and carries no gradient: the loss acts through the probabilities (Switch
+    Transformer, arXiv 2101.03961, eq. 4). This is the normalised form; the form that sums over the
+    k slots is k times as large (arXiv 2509.24389 leaves the choice open).
+
+    Args:
+      load_share: float32[..., E], of the whole batch, where these are sums of a part of it. Their
+        own if None.
+      tokens: real tokens of the whole batch; the losses of its parts then add up to its loss.
+    """
+    load_share = self.load_share() if load_share is None else load_share
+    mean = self.probability.sum(-2) / self._tokens(tokens)[..., None]
+    return self.probability.shape[-1] * (jax.lax.stop_gradient(load_share) * mean).sum(-1)
+
+  def z_loss(self, tokens: jax.Array | float | None = None) -> jax.Array:
+    """float32[...]: the mean of logsumexp(logits)^2; `tokens` as for `balance_loss`."""
+    return self.z.sum(-1) / self._tokens(tokens)
+
+  def _tokens(self, tokens):
+    return jnp.maximum(self.tokens.sum(-1) if tokens is None else jnp.asarray(tokens), 1.0)
 
 
 @struct.dataclass
@@ -178,25 +212,26 @@ def router_stats(
   routing: Routing,
   valid: jax.Array | None = None,
   *,
+  groups: RowGroups | None = None,
   dropped: jax.Array | None = None,
   axes: Collection[str] = (),
 ) -> RouterStats:
   """`RouterStats` of T tokens, padding left out.
 
-  The load is a count and carries no gradient: the balance loss acts through the probabilities
-  (Switch Transformer, arXiv 2101.03961, eq. 4; LLaDA-MoE adds it with weight 0.01 and the z-loss
-  with 0.001).
-
   Args:
     logits: float32[T, E].
     routing: the router's decision.
     valid: bool[T], False on padding; None: all are real.
+    groups: of the tokens, in the order of the logits; None: one group.
     dropped: slots that found no room on this device; None: there are none.
-    axes: axes of the mesh over which the devices have other tokens: the statistics are of all of
-      them.
+    axes: axes of the mesh over which the devices have other tokens: the sums are over all of them.
   """
-  num_experts = logits.shape[-1]
-  weight = jnp.ones(logits.shape[0]) if valid is None else valid.astype(jnp.float32)
+  num_tokens, num_experts = logits.shape
+  member = jnp.ones((num_tokens, 1), jnp.float32)
+  if groups is not None:
+    member = groups.one_hot()  # [T, G]
+  if valid is not None:
+    member = jnp.where(valid[:, None], member, 0.0)
   chosen = routing.experts[..., None] == jnp.arange(num_experts)  # [T, k, E]
   chosen = chosen.sum(1, dtype=jnp.float32) / routing.experts.shape[1]
   p = routing.probabilities
@@ -204,22 +239,17 @@ def router_stats(
   entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(-1)
   z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
 
+  def sum_by_group(x):
+    # In full precision: an accelerator would round both factors.
+    return jnp.einsum("tg,t...->g...", member, x, precision=jax.lax.Precision.HIGHEST)
+
   sums = {
-    "tokens": weight.sum(),
-    "load": jax.lax.stop_gradient(weight @ chosen),
-    "probability": weight @ p,
-    "entropy": weight @ entropy,
-    "z": weight @ jnp.square(z),
+    "tokens": member.sum(0),
+    "load": jax.lax.stop_gradient(sum_by_group(chosen)),
+    "probability": sum_by_group(p),
+    "entropy": sum_by_group(entropy),
+    "z": sum_by_group(jnp.square(z)),
   }
   if axes:
     sums = jax.lax.psum(sums, tuple(sorted(axes)))
-  tokens = jnp.maximum(sums["tokens"], 1.0)
-  load, probability = sums["load"] / tokens, sums["probability"] / tokens
-  return RouterStats(
-    load=load,
-    probability=probability,
-    entropy=sums["entropy"] / tokens,
-    balance_loss=num_experts * (load * probability).sum(),
-    z_loss=sums["z"] / tokens,
-    dropped=jnp.asarray(0 if dropped is None else dropped, jnp.float32),
-  )
+  return RouterStats(**sums, dropped=jnp.asarray(0 if dropped is None else dropped, jnp.float32))

@@ -12,7 +12,7 @@ from lladax.train.loop import (
   stop_on_nonfinite,
   warn_of_drops,
 )
-from lladax.train.metrics import Metrics, read_records, router_metrics, write_run_record
+from lladax.train.metrics import Metrics, read_records, write_run_record
 from lladax.train.optimizer import (
   Constant,
   CosineDecay,
@@ -22,6 +22,7 @@ from lladax.train.optimizer import (
   learning_rate,
   make_optimizer,
 )
+from lladax.train.routing import router_load, router_metrics
 from lladax.train.state import (
   TrainState,
   abstract_state,
@@ -29,9 +30,10 @@ from lladax.train.state import (
   state_from,
   state_shardings,
 )
-from lladax.train.step import make_train_step
+from lladax.train.step import Balance, make_train_step
 
 __all__ = [
+  "Balance",
   "CheckpointError",
   "Checkpoints",
   "Constant",
@@ -55,6 +57,7 @@ __all__ = [
   "make_train_step",
   "place",
   "read_records",
+  "router_load",
   "router_metrics",
   "state_from",
   "state_shardings",

@@ -54,7 +54,7 @@ def heldout_bound(
       row_ids=first + jnp.arange(size, dtype=jnp.uint32),
     )
     table = jnp.zeros(model.vocab_size, jnp.int32) if byte_lengths is None else byte_lengths
-    num_bytes = jnp.where(batch.segment_ids > 0, jnp.asarray(table)[batch.tokens], 0)
+    num_bytes = jnp.where(batch.maskable, jnp.asarray(table)[batch.tokens], 0)
     return -bound.sum(), batch.maskable.sum(), num_bytes.sum()
 
   def evaluate(params) -> dict[str, float]:

@@ -18,11 +18,11 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lladax.train import routing
 from lladax.types import Sums
 
 RECORDS = "metrics.jsonl"
@@ -116,8 +116,10 @@ class Metrics:
 
   def _means(self) -> dict[str, Any]:
     """Sum over count; what was never counted is left out, or NaN within an array."""
-    means = {}
+    means = routing.summary(self._sums, self._counts)
     for name, total in self._sums.items():
+      if name in routing.SUMS:
+        continue
       count = np.broadcast_to(self._counts[name], np.shape(total))
       if np.any(count > 0):
         means[name] = np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
@@ -149,20 +151,6 @@ class Metrics:
       for key in ("sums", "counts")
     )
     self._seconds, self._timed_steps = 0.0, 0
-
-
-def router_metrics(stats, share: float, *, may_drop: bool) -> Sums:
-  """What is recorded of the routers: load and entropy by layer, and dropped slots.
-
-  Args:
-    stats: `RouterStats` of some rows of a batch, stacked over layers.
-    share: these rows' part of the batch.
-    may_drop: whether the exchange can drop slots; their number in the step is then recorded.
-  """
-  sums = {"expert_load": share * stats.load, "router_entropy": share * stats.entropy}
-  if may_drop:
-    sums["dropped_slots"] = stats.dropped.sum()
-  return Sums(jax.lax.stop_gradient(sums), dict.fromkeys(sums, jnp.float32(share)))
 
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 
 from lladax.sharding import param_shardings
 
+ROUTER = "router"  # the name of a routed layer's parameter [D, E]
+
 
 @struct.dataclass
 class TrainState:
@@ -25,6 +27,8 @@ class TrainState:
     opt_state: of the optax transformation; its own count leaves skipped steps out.
     skipped_in_a_row: int32[], the latest steps whose loss or gradient was not finite.
     skipped_total: int32[], all such steps.
+    load_share: float32[n, E], the part of the slots of the latest step that each expert received,
+      in every routed layer; None where there is none.
   """
 
   step: jax.Array
@@ -32,6 +36,7 @@ class TrainState:
   opt_state: optax.OptState
   skipped_in_a_row: jax.Array
   skipped_total: jax.Array
+  load_share: jax.Array | None = None
 
 
 # key -> parameters, boxed with their logical axis names or plain.
@@ -90,4 +95,18 @@ def _at_first(optimizer: optax.GradientTransformation, params: optax.Params) -> 
     opt_state=optimizer.init(params),
     skipped_in_a_row=jnp.zeros((), jnp.int32),
     skipped_total=jnp.zeros((), jnp.int32),
+    load_share=equal_shares(params),
   )
+
+
+def equal_shares(params: optax.Params) -> jax.Array | None:
+  """float32[n, E] of 1 / E, for the routers found in the parameters; None if there are none."""
+  shapes = [
+    leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
+    if getattr(path[-1], "key", None) == ROUTER
+  ]
+  if not shapes:
+    return None
+  ((layers, _, num_experts),) = shapes  # of all routed layers, stacked: [n, D, E]
+  return jnp.full((layers, num_experts), 1 / num_experts, jnp.float32)

@@ -75,7 +75,7 @@ def test_experts_are_distinct_and_weights_finite(router, case):
   wanted = np.asarray(logits).max(1) > -80
   assert (weights.max(1) > 0)[wanted].all()
   assert np.isfinite(routing.probabilities).all() and (np.asarray(routing.probabilities) >= 0).all()
-  load = np.asarray(stats.load)
+  load = np.asarray(stats.load_share())
   np.testing.assert_allclose(
     load, np.bincount(experts.ravel(), minlength=len(load)) / (5 * k), atol=1e-6
   )

@@ -14,11 +14,13 @@ from lladax.diffusion import (
   Antithetic,
   Band,
   BatchLength,
+  BatchLoad,
   Cosine,
   Elbo,
   Linear,
   Objective,
   Polynomial,
+  PreviousLoad,
   ResponseLength,
   Stratified,
   SupervisedToken,
@@ -26,7 +28,6 @@ from lladax.diffusion import (
   Unweighted,
   masked_nll,
   nll_from_logits,
-  router_loss,
 )
 from lladax.types import Batch
 
@@ -241,33 +242,58 @@ def test_metrics_by_time_and_mask_rate():
     expected = nll[inside].mean() if inside.any() else 0.0
     np.testing.assert_allclose(means["masked_nll_by_t"][b], expected, rtol=1e-5)
     np.testing.assert_allclose(means["mask_rate_by_t"][b], masked[bucket == b].mean(), rtol=1e-6)
+    rate = np.asarray(noised.mask_rate, np.float64)[bucket == b]
+    np.testing.assert_allclose(means["mask_rate_expected_by_t"][b], rate.mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+      means["mask_variance_by_t"][b], np.mean(rate * (1 - rate)), rtol=1e-5
+    )
+    np.testing.assert_allclose(means["rows_by_t"][b], np.mean(bucket == b), rtol=1e-6)
   # `nll` is the bound of the linear schedule whatever is trained.
   bound, _, _ = toy_loss(Objective(), batch, noise(Objective(), batch, 0))
   np.testing.assert_allclose(means["nll"], bound, rtol=1e-5)
 
 
-def test_router_losses_are_added_with_their_coefficients_and_their_share():
-  @dataclasses.dataclass
-  class Stats:
-    balance_loss: jax.Array
-    z_loss: jax.Array
+class Stats:
+  """What a network with two routers returns: losses of a load and of a number of tokens."""
 
-  stats = Stats(balance_loss=jnp.array([1.0, 3.0]), z_loss=jnp.array([10.0, 30.0]))
-  np.testing.assert_allclose(router_loss(stats, balance=0.01, z=0.001), 0.01 * 2 + 0.001 * 20)
-  assert router_loss(None, balance=0.01, z=0.001) == 0.0
+  def balance_loss(self, load_share, tokens):
+    load = jnp.ones((2, 3)) / 3 if load_share is None else load_share
+    return jnp.array([12.0, 36.0]) * load.max(-1) / tokens
 
+  def z_loss(self, tokens):
+    return jnp.array([40.0, 120.0]) / tokens
+
+
+def test_router_losses_are_added_with_their_coefficients():
   def token_nll(tokens, targets, weights):
     total, nll, _ = nll_from_logits(denoise)(tokens, targets, weights)
-    return total, nll, stats
+    return total, nll, Stats()
 
-  batch, objective = random_batch(4), Objective()
+  batch, objective = random_batch(4), Objective(balance_loss=0.1, z_loss=0.01)
   noised = noise(objective, batch, 0)
+  np.testing.assert_array_equal(noised.batch_tokens, 4 * LENGTH)
   plain, _, _ = toy_loss(objective, batch, noised)
-  loss, sums, aux = masked_nll(token_nll, batch, noised, objective=objective, share=0.25)
-  np.testing.assert_allclose(loss - plain, 0.25 * 0.04, rtol=1e-4)
-  assert aux is stats
-  np.testing.assert_allclose(sums.means()["balance_loss"], 2.0)
-  np.testing.assert_allclose(sums.sums["z_loss"], 0.25 * 20.0)
+
+  def routed(load_share=None):
+    return masked_nll(
+      token_nll, batch, noised, objective=objective, share=0.25, load_share=load_share
+    )
+
+  for load_share, balance in (None, 8 / 16), (jnp.float32([[0.5, 0.5, 0], [1, 0, 0]]), 21 / 16):
+    loss, sums, _ = routed(load_share)
+    np.testing.assert_allclose(loss - plain, 0.1 * balance + 0.01 * 80 / 16, rtol=1e-4)
+    np.testing.assert_allclose(sums.sums["balance_loss"], balance, rtol=1e-6)
+    np.testing.assert_allclose(sums.sums["z_loss"], 5.0, rtol=1e-6)
+    # Four such parts of a batch count as one.
+    assert sums.counts["balance_loss"] == sums.counts["loss"] == 0.25
+
+
+def test_the_load_of_a_balance_loss():
+  previous, counted = jnp.float32([[0.2, 0.8]]), jnp.float32([[0.5, 0.5]])
+  assert BatchLoad()(previous, lambda: counted) is counted
+  assert BatchLoad()(previous, lambda: None) is None
+  assert PreviousLoad()(previous, lambda: pytest.fail("counted")) is previous
+  assert PreviousLoad()(None, lambda: counted) is counted
 
 
 def test_a_negative_coefficient_is_an_error():

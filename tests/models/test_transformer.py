@@ -12,12 +12,14 @@ from lladax.models import (
   AttentionMask,
   Transformer,
   block_causal,
+  count_load,
   init_params,
   padding,
   segments,
   tiny,
 )
 from lladax.moe import MoEConfig, SigmoidBias
+from lladax.types import RowGroups
 
 V, L = 24, 12
 MOE = MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=6)
@@ -57,7 +59,7 @@ def loss_and_gradients(config, params, tokens, targets, weights):
     total, nll, stats = Transformer(config).apply(
       {"params": params}, tokens, targets, weights, method="token_nll"
     )
-    routers = 0 if stats is None else stats.balance_loss.mean() + stats.z_loss.mean()
+    routers = 0 if stats is None else stats.balance_loss().mean() + stats.z_loss().mean()
     return total + routers, (nll, stats)
 
   return jax.value_and_grad(loss, has_aux=True)(params)
@@ -154,9 +156,27 @@ def test_router_statistics_leave_padding_out():
   before = logits_and_stats(CONFIG, tokens, positions, mask)[1]
   after = logits_and_stats(CONFIG, np.where(valid, tokens, 5), positions, mask)[1]
   jax.tree.map(np.testing.assert_array_equal, after, before)
-  assert before.load.shape == before.probability.shape == (2, 4)
-  assert before.entropy.shape == before.balance_loss.shape == before.z_loss.shape == (2,)
-  np.testing.assert_allclose(before.load.sum(-1), 1, rtol=1e-6)
+  assert before.load.shape == before.probability.shape == (2, 1, 4)
+  assert before.entropy.shape == before.tokens.shape == (2, 1)
+  assert before.balance_loss().shape == before.z_loss().shape == (2,)
+  np.testing.assert_allclose(before.load.sum(-1), valid.sum(), rtol=1e-6)
+
+
+def test_router_statistics_by_group_add_up_and_are_of_their_rows():
+  tokens = random_tokens()
+  rows = tokens.shape[0]
+  groups = RowGroups(jnp.arange(rows) % 2, 3)
+  params = params_of(CONFIG)
+  by_group = Transformer(CONFIG).apply({"params": params}, tokens, groups=groups)[1]
+  whole = logits_and_stats(CONFIG, tokens)[1]
+  assert by_group.load.shape == (2, 3, 4) and not by_group.tokens[:, 2].any()
+  for name in ("tokens", "load", "probability", "entropy", "z"):
+    a, b = getattr(by_group, name), getattr(whole, name)
+    np.testing.assert_allclose(a.sum(1), b.sum(1), rtol=1e-5)
+    alone = getattr(logits_and_stats(CONFIG, tokens[1::2])[1], name)
+    np.testing.assert_allclose(a[:, 1], alone[:, 0], rtol=1e-5)
+  load = count_load(CONFIG, params, tokens, None, jnp.ones_like(tokens))
+  np.testing.assert_allclose(load, whole.load[:, 0], rtol=1e-6)
 
 
 def test_token_nll_equals_the_log_softmax():
@@ -167,7 +187,7 @@ def test_token_nll_equals_the_log_softmax():
   log_p = np.asarray(jax.nn.log_softmax(out))
   want = -np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
   np.testing.assert_allclose(nll, np.where(weights != 0, want, 0), rtol=1e-5, atol=1e-5)
-  routers = want_stats.balance_loss.mean() + want_stats.z_loss.mean()
+  routers = want_stats.balance_loss().mean() + want_stats.z_loss().mean()
   np.testing.assert_allclose(total, (weights * want).sum() + routers, rtol=1e-5)
   for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(want_stats), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -205,7 +225,7 @@ def test_every_parameter_has_a_gradient(changes):
   assert np.isfinite(total)
   assert (stats is None) == (config.moe is None)
   if stats is not None:
-    assert stats.load.shape == (config.num_routed_layers, config.moe.num_experts)
+    assert stats.load.shape == (config.num_routed_layers, 1, config.moe.num_experts)
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     assert np.isfinite(leaf).all(), name
@@ -288,5 +308,5 @@ def test_an_expert_bias_is_a_parameter_of_routers_that_have_one():
   assert bias.shape == (2, 4) and bias.dtype == jnp.float32 and not bias.any()
   moe = params["layers"]["moe"] | {"expert_bias": bias.at[:, 2:].set(10.0)}
   pushed = params | {"layers": params["layers"] | {"moe": moe}}
-  load = forward(config, pushed, random_tokens())[1].load
+  load = forward(config, pushed, random_tokens())[1].load_share()
   np.testing.assert_allclose(load[:, 2:].sum(1), 1, rtol=1e-6)

@@ -36,7 +36,7 @@ def run(params, tokens, targets, weights, segment_ids):
     total, nll, stats = model.apply(
       {"params": params}, tokens, targets, weights, mask=mask, method="token_nll"
     )
-    return total + stats.balance_loss.mean() + stats.z_loss.mean(), (nll, stats)
+    return total + stats.balance_loss().mean() + stats.z_loss().mean(), (nll, stats)
 
   return jax.value_and_grad(loss, has_aux=True)(params)
 

@@ -8,8 +8,21 @@ import numpy as np
 import pytest
 
 from lladax.moe import SigmoidBias, TopKSoftmax, router_stats
+from lladax.types import RowGroups
 
 T, E, K = 12, 6, 2
+
+
+def means(stats):
+  """The sums of all groups over their tokens."""
+  tokens = np.maximum(stats.tokens.sum(), 1)
+  return {
+    "load": stats.load_share(),
+    "probability": stats.probability.sum(0) / tokens,
+    "entropy": stats.entropy.sum() / tokens,
+    "balance_loss": stats.balance_loss(),
+    "z_loss": stats.z_loss(),
+  }
 
 
 def random_logits(seed=0, scale=2.0):
@@ -65,14 +78,49 @@ def test_the_softmax_is_in_float32():
 def test_stats_equal_numpy():
   logits = random_logits()
   stats, p = route(logits)[1], softmax(logits)
+  got = means(stats)
   load = np.bincount(np.argsort(-p, axis=1)[:, :K].ravel(), minlength=E) / (T * K)
-  np.testing.assert_allclose(stats.load, load, rtol=1e-6)
-  np.testing.assert_allclose(stats.probability, p.mean(0), rtol=1e-5)
-  np.testing.assert_allclose(stats.entropy, -(p * np.log(p)).sum(1).mean(), rtol=1e-5)
-  np.testing.assert_allclose(stats.balance_loss, E * (load * p.mean(0)).sum(), rtol=1e-5)
+  np.testing.assert_allclose(got["load"], load, rtol=1e-6)
+  np.testing.assert_allclose(got["probability"], p.mean(0), rtol=1e-5)
+  np.testing.assert_allclose(got["entropy"], -(p * np.log(p)).sum(1).mean(), rtol=1e-5)
+  np.testing.assert_allclose(got["balance_loss"], E * (load * p.mean(0)).sum(), rtol=1e-5)
   z = np.log(np.exp(np.asarray(logits, np.float64)).sum(1))
-  np.testing.assert_allclose(stats.z_loss, (z**2).mean(), rtol=1e-5)
-  assert stats.dropped == 0
+  np.testing.assert_allclose(got["z_loss"], (z**2).mean(), rtol=1e-5)
+  assert stats.dropped == 0 and stats.tokens[0] == T
+
+
+def test_groups_are_the_stats_of_their_tokens_alone():
+  logits, rng = random_logits(), np.random.default_rng(3)
+  index, valid = rng.integers(0, 3, T), rng.random(T) < 0.7
+  index[index == 1] = 3  # a group of four stays empty
+  groups = RowGroups(jnp.asarray(index), 4)
+  got = jax.jit(router_stats)(logits, TopKSoftmax()(logits, K), jnp.asarray(valid), groups=groups)
+  for group in range(4):
+    want = route(logits, jnp.asarray(valid & (index == group)))[1]
+    for name in ("tokens", "load", "probability", "entropy", "z"):
+      a, b = getattr(got, name)[group], getattr(want, name)[0]
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+  assert got.tokens[1] == 0 and got.tokens.sum() == valid.sum()
+
+
+def test_losses_of_parts_add_up_to_the_loss_of_the_whole():
+  logits, valid = random_logits(), np.arange(T) % 5 > 0
+
+  def loss(logits, load_share=None, tokens=None, rows=slice(None)):
+    stats = router_stats(logits[rows], TopKSoftmax()(logits[rows], K), jnp.asarray(valid[rows]))
+    return stats.balance_loss(load_share, tokens) + stats.z_loss(tokens)
+
+  load_share = route(logits, jnp.asarray(valid))[1].load_share()
+  whole = jax.value_and_grad(loss)(logits)
+  parts = [
+    jax.value_and_grad(loss)(logits, load_share, valid.sum(), slice(*ends))
+    for ends in ((0, 2), (2, 9), (9, T))
+  ]
+  added = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), added, whole)
+  # With its own load, a part presses on others than the whole does.
+  own = jax.grad(loss)(logits, None, valid.sum(), slice(0, 2))[:2]
+  assert np.abs(own - whole[1][:2]).max() > 0.01
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -82,17 +130,17 @@ def test_balanced_is_one(k):
   logits = np.zeros((T, E), np.float32)
   np.put_along_axis(logits, preferred, np.float32(3 - 0.1 * np.arange(k)), axis=1)
   stats = router_stats(jnp.asarray(logits), TopKSoftmax()(jnp.asarray(logits), k))
-  np.testing.assert_allclose(stats.load, 1 / E, rtol=1e-6)
-  np.testing.assert_allclose(stats.balance_loss, 1, rtol=1e-5)
+  np.testing.assert_allclose(stats.load_share(), 1 / E, rtol=1e-6)
+  np.testing.assert_allclose(stats.balance_loss(), 1, rtol=1e-5)
 
 
 def test_collapse_is_the_number_of_experts():
   logits = jnp.zeros((T, E)).at[:, 4].set(100.0)
   stats = router_stats(logits, TopKSoftmax()(logits, 1))
-  np.testing.assert_allclose(stats.load, np.eye(E)[4], rtol=1e-6)
-  np.testing.assert_allclose(stats.balance_loss, E, rtol=1e-6)
-  assert stats.entropy == 0  # p log p at p = 0 is 0 and not NaN
-  gradient = jax.grad(lambda x: router_stats(x, TopKSoftmax()(x, 1)).entropy)(logits)
+  np.testing.assert_allclose(stats.load_share(), np.eye(E)[4], rtol=1e-6)
+  np.testing.assert_allclose(stats.balance_loss(), E, rtol=1e-6)
+  assert stats.entropy[0] == 0  # p log p at p = 0 is 0 and not NaN
+  gradient = jax.grad(lambda x: router_stats(x, TopKSoftmax()(x, 1)).entropy.sum())(logits)
   assert np.isfinite(gradient).all()
 
 
@@ -105,32 +153,31 @@ def test_padding_is_left_out(seed, real):
   got = route(poisoned, valid=jnp.asarray(valid))[1]
   want = route(logits[valid])[1]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
-  np.testing.assert_allclose(got.load.sum(), 1, rtol=1e-6)
-  np.testing.assert_allclose(got.probability.sum(), 1, rtol=1e-6)
+  np.testing.assert_allclose(got.load.sum(), real, rtol=1e-6)
+  np.testing.assert_allclose(got.probability.sum(), real, rtol=1e-6)
 
 
 def test_nothing_but_padding():
   logits = random_logits()
   stats = route(logits, valid=jnp.zeros(T, bool))[1]
-  for leaf in jax.tree.leaves(stats):
+  for leaf in jax.tree.leaves((stats, means(stats))):
     np.testing.assert_array_equal(leaf, 0)
 
 
 def test_permuting_experts_permutes_the_stats():
   logits, permutation = random_logits(), np.random.default_rng(1).permutation(E)
   plain, moved = route(logits)[1], route(logits[:, permutation])[1]
+  plain, moved = means(plain), means(moved)
   for name in ("load", "probability"):
-    np.testing.assert_allclose(
-      getattr(moved, name), getattr(plain, name)[permutation], rtol=1e-6, atol=1e-7
-    )
+    np.testing.assert_allclose(moved[name], plain[name][permutation], rtol=1e-6, atol=1e-7)
   for name in ("entropy", "balance_loss", "z_loss"):
-    np.testing.assert_allclose(getattr(moved, name), getattr(plain, name), rtol=1e-6)
+    np.testing.assert_allclose(moved[name], plain[name], rtol=1e-6)
 
 
 def test_the_balance_loss_acts_through_probability_alone():
   logits = random_logits()
-  load = np.asarray(route(logits)[1].load)
-  got = np.asarray(jax.grad(lambda x: route(x)[1].balance_loss)(logits))
+  load = np.asarray(route(logits)[1].load_share())
+  got = np.asarray(jax.grad(lambda x: route(x)[1].balance_loss())(logits))
   # d/dlogits of E / T * sum_te load_e p_te with the load held still.
   p = softmax(logits)
   want = E / T * p * (load - (p * load).sum(1, keepdims=True))

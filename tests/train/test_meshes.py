@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lladax.data import DataConfig
+from lladax.diffusion import BatchLoad, PreviousLoad
 from lladax.experiment import Experiment, train_step
 from lladax.models import init_variables, tiny
 from lladax.moe import AllToAll, Fsdp, MoEConfig, Ragged, Ring
@@ -21,6 +22,7 @@ from lladax.train import (
   state_shardings,
   warn_of_drops,
 )
+from lladax.train.step import split_rows
 from lladax.types import Batch
 
 B, L, V, STEPS = 8, 16, 64, 10
@@ -88,6 +90,108 @@ def test_ten_steps_do_not_depend_on_the_mesh(exchange, mesh):
   devices = abs(np.prod(mesh.sizes)) if -1 not in mesh.sizes else 8
   got = course(experiment(exchange), make_mesh(mesh, jax.devices()[:devices]))
   np.testing.assert_allclose(got, on_one_device(), rtol=2e-5)
+
+
+# data x model-parallel
+GRIDS = {
+  "1x1": MeshConfig(data=1),
+  "8x1": MeshConfig(data=8),
+  "2x4": MeshConfig(data=2, expert=2, tensor=2),
+  "4x2": MeshConfig(data=1, fsdp=4, context=2),
+}
+
+
+def mesh_of(name: str):
+  config = GRIDS[name]
+  return make_mesh(config, jax.devices()[: int(np.prod(config.sizes))])
+
+
+def rows_of(count: int) -> Batch:
+  parts = [batch(seed) for seed in range(count // B)]
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+@functools.cache
+def noised(name: str, microbatches: int):
+  """The parts of step 3's batch, its noise included, as they enter the network."""
+  config = experiment(Fsdp())
+  with use_mesh(mesh_of(name)) as mesh:
+
+    @jax.jit
+    def parts(batch, step):
+      noise = config.objective.noise(batch, config.seed, step, mask_id=config.model.mask_token_id)
+      return split_rows(noise, microbatches)
+
+    parts = jax.device_get(parts(place(rows_of(32), mesh), 3))
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(32, *x.shape[2:]), parts)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+@pytest.mark.parametrize("name", GRIDS)
+def test_tokens_and_masks_do_not_depend_on_mesh_or_microbatches(name, microbatches):
+  got, want = noised(name, microbatches), noised("1x1", 1)
+  assert 0.2 < want.is_masked.mean() < 0.8
+  for field in ("tokens", "is_masked", "t", "mask_rate"):
+    np.testing.assert_array_equal(getattr(got, field), getattr(want, field), err_msg=field)
+  np.testing.assert_allclose(got.weights, want.weights, rtol=1e-6)
+
+
+@functools.cache
+def two_steps(name: str, microbatches: int, balance_load=BatchLoad()):  # noqa: B008
+  """Metrics of two steps of a batch with a balance loss that matters."""
+  base = experiment(Fsdp())
+  config = dataclasses.replace(
+    base,
+    # Weights of every size, so that routing is far from even.
+    model=dataclasses.replace(base.model, initializer_range=0.5),
+    objective=dataclasses.replace(base.objective, balance_loss=1.0, balance_load=balance_load),
+    data=dataclasses.replace(base.data, batch_size=32),
+    microbatches=microbatches,
+  )
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  with use_mesh(mesh_of(name)) as mesh:
+    state = init_state(
+      lambda key: init_variables(config.model, key)["params"], optimizer, config.seed, mesh
+    )
+    step, out = train_step(config, state_shardings(state)), []
+    for _ in range(2):
+      state, metrics = step(state, place(rows_of(32), mesh))
+      out.append(jax.device_get(metrics.means()))
+    out.append({"load_share": np.asarray(state.load_share)})
+  return out
+
+
+def assert_same_steps(got, want):
+  for a, b in zip(got, want, strict=True):
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+      np.testing.assert_allclose(a[name], value, rtol=5e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "name, microbatches",
+  [("8x1", 4), ("2x4", 2)]
+  + [
+    pytest.param(name, parts, marks=pytest.mark.slow)
+    for name in GRIDS
+    for parts in (1, 2, 4)
+    if (name, parts) not in (("8x1", 4), ("2x4", 2), ("1x1", 1))
+  ],
+)
+def test_losses_do_not_depend_on_mesh_or_microbatches(name, microbatches):
+  want = two_steps("1x1", 1)
+  assert want[0]["balance_loss"] > 1.02
+  assert_same_steps(two_steps(name, microbatches), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, microbatches", [("1x1", 4), ("4x2", 2)])
+def test_losses_with_the_load_of_the_step_before_do_not_either(name, microbatches):
+  want = two_steps("1x1", 1, PreviousLoad())
+  # Equal shares at the first step: nothing to press against.
+  assert want[0]["balance_loss"] == pytest.approx(1, abs=1e-5)
+  assert want[1]["balance_loss"] > 1.02
+  assert_same_steps(two_steps(name, microbatches, PreviousLoad()), want)
 
 
 def test_dropped_slots_are_recorded():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import pathlib
 import sys
 import time
 import zlib
@@ -148,9 +149,10 @@ class TextData(Data):
   @functools.cached_property
   def mixture(self) -> Mixture:
     corpus = self.config.corpus
+    names = (corpus,) if isinstance(corpus, str) else corpus
     tokens = np.ascontiguousarray(self.train_rows.tokens, "<i4")
     part = Part(
-      name=corpus if isinstance(corpus, str) else "+".join(corpus),
+      name="+".join(pathlib.PurePath(name).name for name in names),
       key=hashlib.sha256(tokens).hexdigest()[:16],
       size=len(self.train_rows),
       order_seed=order_seed(self.config.seed),

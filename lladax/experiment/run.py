@@ -16,6 +16,7 @@ from etils import epath
 from lladax.config import ConfigError, to_json
 from lladax.data import Data, Fingerprint, Tokenizer, load_data
 from lladax.experiment.config import RESUMABLE, Experiment
+from lladax.experiment.rates import amounts_per_step
 from lladax.experiment.start import (
   Origin,
   check_tokenizer,
@@ -45,6 +46,7 @@ from lladax.train import (
 )
 from lladax.train.checkpoint import require_same_config
 from lladax.train.loop import Hook, place
+from lladax.train.profile import Trace
 from lladax.types import Batch
 
 # The tokenizer settles these, after the config was written.
@@ -103,11 +105,15 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
     write_origin(origin, workdir)
   write_run_record(workdir)
   batches = data.train_iterator(rows=own_rows(mesh, config.data.batch_size))
-  tokens_per_step = config.data.batch_size * config.data.length
   with (
     use_mesh(mesh),
     Metrics(
-      workdir, steps=config.steps, every=config.log_every, tokens_per_step=tokens_per_step
+      workdir,
+      steps=config.steps,
+      every=config.log_every,
+      tokens_per_step=config.data.batch_size * config.data.length,
+      rates=amounts_per_step(config, mesh.devices.reshape(-1)),
+      also=lambda step: {f"epoch/{name}": n for name, n in batches.epochs(step).items()},
     ) as metrics,
     Checkpoints(
       workdir / "checkpoints",
@@ -134,17 +140,27 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
 
 def train(run: Run, hooks: Sequence[Hook] = ()) -> TrainState:
   """Trains an open run to its last step; hooks run before the save of their step."""
-  config = run.config
-  run.metrics.start(int(run.state.step))
+  config, step = run.config, int(run.state.step)
+  run.metrics.start(step)
   save = every(config.save_every, run.checkpoints.save, at_end=True, on_stop=True)
-  return fit(
-    run.state,
-    map(lambda batch: place(batch, run.mesh), run.batches),
-    train_step(config, state_shardings(run.state)),
-    steps=config.steps,
-    readers=[run.metrics, warn_of_drops, stop_on_nonfinite(config.max_nonfinite, run.checkpoints)],
-    hooks=[*hooks, save],
-  )
+  with contextlib.ExitStack() as stack:
+    hooks = [*hooks, save]
+    if config.profile_steps is not None:
+      first, last = config.profile_steps
+      trace = Trace(first, last, step=step, directory=run.workdir / "profile")
+      hooks = [stack.enter_context(trace), *hooks]
+    return fit(
+      run.state,
+      map(lambda batch: place(batch, run.mesh), run.batches),
+      train_step(config, state_shardings(run.state)),
+      steps=config.steps,
+      readers=[
+        run.metrics,
+        warn_of_drops,
+        stop_on_nonfinite(config.max_nonfinite, run.checkpoints),
+      ],
+      hooks=hooks,
+    )
 
 
 def restore_or_start(

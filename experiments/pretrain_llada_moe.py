@@ -69,7 +69,7 @@ def pretrain_1(_) -> Experiment:
     data=mixture("pretrain_1", length=4096),
     objective=Objective(balance_loss=0.01, z_loss=0.001),
     optimizer=OptimizerConfig(
-      peak=PEAK, schedule=Constant(warmup=2000), b1=0.9, b2=0.95, weight_decay=0.1, clip=1.0
+      peak=PEAK, schedule=Constant(warmup=2000), weight_decay=0.1, clip=1.0
     ),
     sampler=SamplerConfig(gen_length=1024, steps=1024, block_length=64),
     mesh=MeshConfig(data=1, fsdp=-1),

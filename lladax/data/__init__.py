@@ -4,6 +4,7 @@ from lladax.data.corpora import Document, load_corpus
 from lladax.data.fingerprint import Fingerprint
 from lladax.data.mixture import Mixture
 from lladax.data.pipeline import BatchesConfig, Data, TrainIterator, load_data
+from lladax.data.prepared import PreparedConfig, Source
 from lladax.data.text import DataConfig, TextData
 from lladax.data.tokenizer import (
   Bytes,
@@ -32,7 +33,9 @@ __all__ = [
   "Fingerprint",
   "JsonTokenizer",
   "Mixture",
+  "PreparedConfig",
   "Rows",
+  "Source",
   "TextData",
   "Tokenizer",
   "TrainIterator",

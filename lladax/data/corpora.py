@@ -13,7 +13,7 @@ import pathlib
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from absl import logging
 
@@ -134,7 +134,7 @@ def _read_python() -> Iterator[Document]:
 
 
 def _read_paths(pattern: str, text_field: str, separator: str | None) -> Iterator[Document]:
-  for path in _find_files(pattern):
+  for path in find_files(pattern, FOLDER_SUFFIXES):
     suffix = path.suffix.lower()
     if suffix in JSON_SUFFIXES:
       yield from _read_json_lines(path, text_field)
@@ -144,18 +144,27 @@ def _read_paths(pattern: str, text_field: str, separator: str | None) -> Iterato
       yield from _read_text(path, separator)
 
 
-def _find_files(pattern: str) -> list[pathlib.Path]:
-  """Files of a path, pattern or folder, sorted; of a folder those with a known suffix."""
+def find_files(
+  pattern: str,
+  suffixes: tuple[str, ...],
+  *,
+  suffix_of: Callable[[pathlib.Path], str] = lambda path: path.suffix.lower(),
+) -> list[pathlib.Path]:
+  """Files of a path, pattern or folder, sorted; of a folder those with a known suffix.
+
+  Raises:
+    FileNotFoundError: if there are none.
+  """
   path = pathlib.Path(pattern).expanduser()
   if path.is_file():
     return [path]
   if path.is_dir():
     inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    known = [p for p in inside if p.suffix.lower() in FOLDER_SUFFIXES]
+    known = [p for p in inside if suffix_of(p) in suffixes]
     if not known:
       raise FileNotFoundError(
         f"folder {pattern!r} holds {len(inside)} files, none with a suffix of "
-        f"{', '.join(FOLDER_SUFFIXES)}; name other text files by a pattern, e.g. '{pattern}/*.py'"
+        f"{', '.join(suffixes)}; name other text files by a pattern, e.g. '{pattern}/*.py'"
       )
     if len(known) < len(inside):
       logging.info("folder %r: %d of %d files have a known suffix and are read", pattern,
@@ -200,10 +209,11 @@ def _read_json_lines(path: pathlib.Path, text_field: str) -> Iterator[Document]:
         record = json.loads(line)
       except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON (one object a line is expected): {error}") from None
-      yield Document(where, _text_of(record, text_field, where))
+      yield Document(where, text_of(record, text_field, where))
 
 
-def _text_of(record: object, text_field: str, where: str) -> str:
+def text_of(record: object, text_field: str, where: str) -> str:
+  """The text of a JSON object or of a row of a table; `where` it is, for errors."""
   if not isinstance(record, dict):
     raise ValueError(f"{where}: a JSON object is expected, got {type(record).__name__}")
   if text_field not in record:
@@ -220,6 +230,17 @@ def _text_of(record: object, text_field: str, where: str) -> str:
 
 
 def _read_parquet(path: pathlib.Path, text_field: str) -> Iterator[Document]:
+  file = open_parquet(path, text_field)
+  row = 0
+  for batch in file.iter_batches(columns=[text_field]):
+    for record in batch.to_pylist():
+      where = f"{path}#{row}"
+      yield Document(where, text_of(record, text_field, where))
+      row += 1
+
+
+def open_parquet(path: pathlib.Path, text_field: str | None = None):
+  """A `pyarrow.parquet.ParquetFile`, with a column of that name where one is given."""
   try:
     import pyarrow.parquet
   except ModuleNotFoundError:
@@ -229,23 +250,25 @@ def _read_parquet(path: pathlib.Path, text_field: str) -> Iterator[Document]:
   except pyarrow.ArrowInvalid as error:
     raise ValueError(f"{path} is not a Parquet file: {error}") from None
   columns = file.schema_arrow.names
-  if text_field not in columns:
+  if text_field is not None and text_field not in columns:
     raise ValueError(
       f"{path}: no column {text_field!r}; it has {', '.join(map(repr, columns))}: "
       "say which holds the text with text_field"
     )
-  row = 0
-  for batch in file.iter_batches(columns=[text_field]):
-    for record in batch.to_pylist():
-      where = f"{path}#{row}"
-      yield Document(where, _text_of(record, text_field, where))
-      row += 1
+  return file
 
 
 # --- Hugging Face --------------------------------------------------------------------------------
 
 
 def _read_hugging_face(name: str, text_field: str) -> Iterator[Document]:
+  for number, record in enumerate(load_hub(name)):
+    where = f"{name}#{number}"
+    yield Document(where, text_of(record, text_field, where))
+
+
+def load_hub(name: str):
+  """The `train` split of `hf:<id>` or `hf:<id>:<configuration>`, a `datasets.Dataset`."""
   try:
     import datasets
   except ModuleNotFoundError:
@@ -253,6 +276,4 @@ def _read_hugging_face(name: str, text_field: str) -> Iterator[Document]:
   identifier, *configuration = name.removeprefix("hf:").split(":", 1)
   if not identifier:
     raise ValueError(f"corpus {name!r}: a dataset id is expected, e.g. 'hf:roneneldan/TinyStories'")
-  for number, record in enumerate(datasets.load_dataset(identifier, *configuration, split="train")):
-    where = f"{name}#{number}"
-    yield Document(where, _text_of(record, text_field, where))
+  return datasets.load_dataset(identifier, *configuration, split="train")

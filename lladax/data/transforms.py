@@ -62,7 +62,7 @@ def split_documents(
     raise ValueError(f"heldout is a fraction of the bytes, at least 0 and below 1; got {heldout}")
   if heldout == 0:
     return list(documents), []
-  keys = [_keyed_hash(document.text, seed) for document in documents]
+  keys = [text_hash(document.text, seed) for document in documents]
   texts = dict.fromkeys(keys, 0)  # bytes of each distinct text, with its repetitions
   for key, document in zip(keys, documents, strict=True):
     texts[key] += document.num_bytes
@@ -87,7 +87,8 @@ def split_documents(
   return train, held_out
 
 
-def _keyed_hash(text: str, seed: int) -> bytes:
+def text_hash(text: str, seed: int) -> bytes:
+  """16 bytes that depend on the text and the seed."""
   key = str(seed).encode()[:64]
   return hashlib.blake2b(text.encode(), digest_size=16, key=key).digest()
 

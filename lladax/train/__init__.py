@@ -2,6 +2,7 @@
 
 from lladax.train.checkpoint import CheckpointError, Checkpoints, load_params
 from lladax.train.diffusion import make_diffusion_step
+from lladax.train.expert_bias import BiasUpdate
 from lladax.train.heldout import heldout_bound
 from lladax.train.loop import (
   NonFiniteError,
@@ -14,15 +15,16 @@ from lladax.train.loop import (
 )
 from lladax.train.metrics import Metrics, read_records, write_run_record
 from lladax.train.optimizer import (
-  Constant,
-  CosineDecay,
-  LearningRate,
+  AdamW,
+  Muon,
   OptimizerConfig,
-  Wsd,
+  UpdateRule,
+  ema_params,
   learning_rate,
   make_optimizer,
 )
 from lladax.train.routing import router_load, router_metrics
+from lladax.train.schedules import Constant, CosineDecay, LearningRate, Plateaus, Wsd
 from lladax.train.state import (
   TrainState,
   abstract_state,
@@ -33,7 +35,9 @@ from lladax.train.state import (
 from lladax.train.step import Balance, make_train_step
 
 __all__ = [
+  "AdamW",
   "Balance",
+  "BiasUpdate",
   "CheckpointError",
   "Checkpoints",
   "Constant",
@@ -41,11 +45,15 @@ __all__ = [
   "LearningRate",
   "Metrics",
   "NonFiniteError",
+  "Muon",
   "OptimizerConfig",
+  "Plateaus",
   "Stopped",
   "TrainState",
+  "UpdateRule",
   "Wsd",
   "abstract_state",
+  "ema_params",
   "every",
   "fit",
   "heldout_bound",

@@ -12,10 +12,14 @@ from lladax.data import DataConfig
 from lladax.diffusion import BatchLoad, PreviousLoad
 from lladax.experiment import Experiment, train_step
 from lladax.models import init_variables, tiny
-from lladax.moe import AllToAll, Fsdp, MoEConfig, Ragged, Ring
+from lladax.moe import AllToAll, Fsdp, MoEConfig, Ragged, Ring, TopKSoftmax
 from lladax.sharding import MeshConfig, make_mesh, use_mesh
 from lladax.train import (
+  AdamW,
+  BiasUpdate,
+  Muon,
   OptimizerConfig,
+  ema_params,
   init_state,
   make_optimizer,
   place,
@@ -161,11 +165,11 @@ def two_steps(name: str, microbatches: int, balance_load=BatchLoad()):  # noqa: 
   return out
 
 
-def assert_same_steps(got, want):
+def assert_same_steps(got, want, rtol=5e-5):
   for a, b in zip(got, want, strict=True):
     assert a.keys() == b.keys()
     for name, value in b.items():
-      np.testing.assert_allclose(a[name], value, rtol=5e-5, atol=1e-6, err_msg=name)
+      np.testing.assert_allclose(a[name], value, rtol=rtol, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +195,45 @@ def test_losses_with_the_load_of_the_step_before_do_not_either(name, microbatche
   # Equal shares at the first step: nothing to press against.
   assert want[0]["balance_loss"] == pytest.approx(1, abs=1e-5)
   assert want[1]["balance_loss"] > 1.02
-  assert_same_steps(two_steps(name, microbatches, PreviousLoad()), want)
+  # AdamW's first update is the sign of a gradient: rounding matters where that is nearly 0.
+  assert_same_steps(two_steps(name, microbatches, PreviousLoad()), want, rtol=3e-4)
+
+
+def three_steps(config: Experiment, mesh):
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  with use_mesh(mesh):
+    state = init_state(
+      lambda key: init_variables(config.model, key)["params"], optimizer, config.seed, mesh
+    )
+    step = train_step(config, state_shardings(state))
+    for i in range(3):
+      state, _ = step(state, place(batch(i), mesh))
+  return state
+
+
+@pytest.mark.slow
+def test_muon_biases_and_the_average_do_not_depend_on_the_mesh():
+  base = experiment(Fsdp())
+  moe = dataclasses.replace(base.model.moe, router=TopKSoftmax(expert_bias=True))
+  config = dataclasses.replace(
+    base,
+    model=dataclasses.replace(base.model, moe=moe, initializer_range=0.2),
+    optimizer=OptimizerConfig(
+      peak=1e-2, rule=Muon(others=AdamW(eps=1e-3)), ema=0.9, bias_update=BiasUpdate(rate=0.01)
+    ),
+  )
+  one = three_steps(config, make_mesh(devices=jax.devices()[:1]))
+  many = three_steps(config, make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2)))
+  for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+  bias = np.asarray(one.params["layers"]["moe"]["expert_bias"])
+  assert 0.015 < np.abs(bias).max() < 0.05
+  np.testing.assert_allclose(bias.sum(-1), 0, atol=1e-6)
+  # The average lies on the devices as the parameters do.
+  for average, x in zip(
+    jax.tree.leaves(ema_params(many)), jax.tree.leaves(many.params), strict=True
+  ):
+    assert average.sharding.is_equivalent_to(x.sharding, x.ndim)
 
 
 def test_dropped_slots_are_recorded():

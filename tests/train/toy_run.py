@@ -20,7 +20,8 @@ from lladax.sharding import MeshConfig, make_mesh, use_mesh
 from lladax.train.checkpoint import Checkpoints
 from lladax.train.loop import every, fit, stop_on_nonfinite
 from lladax.train.metrics import Metrics
-from lladax.train.optimizer import Constant, OptimizerConfig, make_optimizer
+from lladax.train.optimizer import OptimizerConfig, make_optimizer
+from lladax.train.schedules import Constant
 from lladax.train.state import abstract_state, init_state, state_shardings
 from lladax.train.step import make_train_step
 from lladax.types import Sums

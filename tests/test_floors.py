@@ -32,6 +32,7 @@ FLOORS |= {
   "lladax": {"model", "loading"},
   "hub.__main__": {"lladax", "model", *BELOW},  # the command
   "generate": {"lladax", "model", *BELOW},  # the command
+  "average": {"train", "config"},  # the command
   "host": BELOW,
 }
 FLOORS["experiment"] = {*FLOORS, "scaling.flops", "scaling.chips"}

@@ -147,8 +147,8 @@ def _check(parts: tuple[Part, ...]):
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
       names = [part.name for part in parts if getattr(part, what) == twice]
-      same = "name" if what == "name" else "content"
-      raise ValueError(f"sources {', '.join(map(repr, names))} have the same {same}; name it once")
+      problem = "name; give one another" if what == "name" else "content; give it once"
+      raise ValueError(f"sources {', '.join(map(repr, names))} have the same {problem}")
 
 
 def _integer_shares(weights: Sequence[float]) -> np.ndarray:

@@ -60,6 +60,14 @@ class BatchesConfig(abc.ABC):
     """
 
 
+def __getattr__(name: str):
+  if name == "DataConfig":  # runs from before it moved name it here, in their saved config
+    from lladax.data.text import DataConfig
+
+    return DataConfig
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def load_data(
   config: BatchesConfig, *, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
 ) -> Data:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -90,7 +91,7 @@ def find_pieces(source: str, unit_bytes: int) -> list[Piece]:
     documents = load_corpus(source)
     return [Piece("bundled", source, None, None, sum(d.num_bytes for d in documents))]
   if source.startswith("hf:"):
-    dataset = load_hub(source)
+    dataset = _hub(source)
     size = getattr(dataset, "size_in_bytes", None) or 1024 * len(dataset)
     count = max(1, -(-size // unit_bytes))
     return _ranges("hub", source, len(dataset), count, size)
@@ -99,14 +100,14 @@ def find_pieces(source: str, unit_bytes: int) -> list[Piece]:
 
 
 def group_units(pieces: Sequence[Piece], unit_bytes: int) -> list[Unit]:
-  """Neighbouring pieces together until they have `unit_bytes`."""
+  """Neighbouring pieces together, up to `unit_bytes`; a larger piece alone."""
   units, unit, size = [], [], 0
   for piece in pieces:
-    unit.append(piece)
-    size += piece.size
-    if size >= unit_bytes:
+    if unit and size + piece.size > unit_bytes:
       units.append(tuple(unit))
       unit, size = [], 0
+    unit.append(piece)
+    size += piece.size
   if unit:
     units.append(tuple(unit))
   return units
@@ -290,10 +291,19 @@ def _records(reader: ArrayRecordReader, piece: Piece, first: int, last: int) -> 
 
 
 def _read_hub(piece: Piece, reading: Reading) -> Iterator[Document]:
-  dataset = load_hub(piece.path)
-  for number in range(piece.first, piece.last):
-    where = f"{piece.path}#{number}"
-    yield Document(where, text_of(dataset[number], reading.text_field, where))
+  dataset, field = _hub(piece.path), reading.text_field
+  if field not in dataset.column_names:
+    text_of(dict.fromkeys(dataset.column_names), field, piece.path)  # raises
+  for first in range(piece.first, piece.last, 1024):
+    texts = dataset[first : min(first + 1024, piece.last)][field]
+    for number, text in enumerate(texts, start=first):
+      where = f"{piece.path}#{number}"
+      yield Document(where, text_of({field: text}, field, where))
+
+
+@functools.lru_cache(maxsize=1)
+def _hub(source: str):
+  return load_hub(source)
 
 
 def _read_bundled(piece: Piece, reading: Reading) -> Iterable[Document]:

@@ -56,6 +56,10 @@ class TimeSampler(abc.ABC):
   def __call__(self, key: jax.Array, batch_size: int) -> PerExample:
     """Times float32[B] in (0, 1], a deterministic function of the key; each row uniform alone."""
 
+  def cdf(self, t: float) -> float:
+    """The probability that the time of a row is at most t."""
+    return min(max(t, 0.0), 1.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(TimeSampler):
@@ -112,6 +116,9 @@ class Band(TimeSampler):
   def __call__(self, key, batch_size):
     inner = self.inner(key, batch_size)
     return jnp.clip(self.low + (self.high - self.low) * inner, self.low, self.high)
+
+  def cdf(self, t):
+    return self.inner.cdf((t - self.low) / (self.high - self.low))
 
 
 @struct.dataclass

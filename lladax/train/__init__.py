@@ -3,6 +3,17 @@
 from lladax.train.checkpoint import CheckpointError, Checkpoints, load_params
 from lladax.train.diffusion import make_diffusion_step
 from lladax.train.expert_bias import BiasUpdate
+from lladax.train.guards import (
+  GuardConfig,
+  GuardError,
+  Rollback,
+  Spike,
+  SpikeGuard,
+  StepBack,
+  add_rollback,
+  plan_rollback,
+  read_rollbacks,
+)
 from lladax.train.heldout import heldout_bound
 from lladax.train.loop import (
   NonFiniteError,
@@ -14,6 +25,7 @@ from lladax.train.loop import (
   warn_of_drops,
 )
 from lladax.train.metrics import Metrics, read_records, write_run_record
+from lladax.train.noise_watch import NoiseDrift, NoiseWatch
 from lladax.train.optimizer import (
   AdamW,
   Muon,
@@ -42,17 +54,26 @@ __all__ = [
   "Checkpoints",
   "Constant",
   "CosineDecay",
+  "GuardConfig",
+  "GuardError",
   "LearningRate",
   "Metrics",
-  "NonFiniteError",
   "Muon",
+  "NoiseDrift",
+  "NoiseWatch",
+  "NonFiniteError",
   "OptimizerConfig",
   "Plateaus",
+  "Rollback",
+  "Spike",
+  "SpikeGuard",
+  "StepBack",
   "Stopped",
   "TrainState",
   "UpdateRule",
   "Wsd",
   "abstract_state",
+  "add_rollback",
   "ema_params",
   "every",
   "fit",
@@ -64,7 +85,9 @@ __all__ = [
   "make_optimizer",
   "make_train_step",
   "place",
+  "plan_rollback",
   "read_records",
+  "read_rollbacks",
   "router_load",
   "router_metrics",
   "state_from",

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from lladax.sharding import batch_sharding
 from lladax.train.checkpoint import Checkpoints
+from lladax.train.guards import StepBack
 from lladax.train.state import TrainState
 from lladax.types import Batch, Sums
 
@@ -24,7 +25,7 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, Sums]]
 Reader = Callable[[int, Sums, float | None], object]
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(StepBack, FloatingPointError):
   """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
@@ -132,7 +133,9 @@ def stop_on_nonfinite(limit: int, checkpoints: Checkpoints | None = None) -> Rea
       newest = checkpoints.directory / str(max(saved)) if saved else "none was saved"
       raise NonFiniteError(
         f"loss or gradient not finite in {in_a_row} steps in a row, up to step {step}; last "
-        f"checkpoint before: {newest}. A lower learning rate or a longer warm-up may help"
+        f"checkpoint before: {newest}. A lower learning rate or a longer warm-up may help",
+        first=finite + 1,
+        seen=step,
       )
 
   return read

@@ -66,9 +66,11 @@ def test_no_two_rows_of_a_best_fit_would_fit_into_one(sizes, length):
 
 
 def test_best_fit_puts_a_document_where_the_least_room_stays():
-  # Longest first: 7 | 6 | 3 joins 7 (room 3), not 6 (room 4) | 4 joins 6.
-  rows = list(BestFit().rows(numbered([6, 3, 4, 7]), 10))
-  assert sorted(sorted(lengths) for _, lengths in rows) == [[3, 7], [4, 6]]
+  # Longest first: 7 (room 3), 5 (room 5); then 3 joins 7.
+  rows = list(BestFit().rows(numbered([5, 3, 7]), 10))
+  assert sorted(sorted(lengths) for _, lengths in rows) == [[3, 7], [5]]
+  # The rows come in the order of the first document of each.
+  assert [tokens[0] for tokens, _ in rows] == [0, 5]
 
 
 def test_nothing_gives_no_rows():

@@ -1,5 +1,6 @@
 """Laws of prepare: rows are the documents, and neither workers nor kills change a byte."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,11 +10,16 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lladax.data import manifest as manifest_module
 from lladax.data import prepare as prepare_module
 from lladax.data import shards as shards_module
+from lladax.data import units as units_module
+from lladax.data import work as work_module
 from lladax.data.manifest import read_manifest, read_tokenizer
 from lladax.data.packing import BestFit
 from lladax.data.prepare import Progress, Recipe, prepare
@@ -22,7 +28,7 @@ from lladax.data.tokenizer import Bytes, make_tokenizer
 from lladax.data.transforms import unpack
 from lladax.data.units import Reading
 from lladax.data.verify import describe, open_side, verify
-from lladax.data.work import is_heldout
+from lladax.data.work import Workers, is_heldout
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -80,6 +86,57 @@ def test_the_rows_are_the_documents(corpus, tmp_path, tokenizer, length):
     assert manifest.total("padding", side) == rows.tokens.size - rows.num_tokens
     assert manifest.total("rows", side) == len(rows)
   assert not verify(tmp_path / "out")
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+  st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=12),
+  st.integers(1, 30),
+  st.integers(1, 200),
+  st.sampled_from([0.0, 0.5]),
+)
+def test_any_documents_come_back(tmp_path_factory, texts, length, unit_bytes, heldout):
+  folder = tmp_path_factory.mktemp("any")
+  (folder / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+  if all(is_heldout(text, heldout, 0) for text in texts):
+    return
+  recipe = recipe_of(folder, length=length, unit_bytes=unit_bytes, heldout=heldout)
+  prepare(recipe, folder / "out")
+  for side, held in (("train", False), ("heldout", True)):
+    found, _ = read_side(folder / "out", side)
+    assert found == [text for text in texts if is_heldout(text, heldout, 0) == held]
+
+
+def test_a_dataset_of_the_hub(corpus, tmp_path, monkeypatch):
+  folder, texts = corpus
+  table = pa.table({"body": texts, "other": range(len(texts))})
+
+  class Dataset:
+    """What `datasets` gives, of a table in memory."""
+
+    column_names, size_in_bytes, _fingerprint = table.column_names, 9_000, "f00"
+
+    def __len__(self):
+      return len(table)
+
+    def __getitem__(self, rows):
+      return table[rows].to_pydict()
+
+  monkeypatch.setattr(units_module, "load_hub", lambda name: Dataset())
+  monkeypatch.setattr(work_module, "load_hub", lambda name: Dataset())
+  units_module._hub.cache_clear()
+  recipe = Recipe(
+    sources=("hf:some/set",), length=64, heldout=0.0, unit_bytes=2_000,
+    reading=Reading(text_field="body"),
+  )  # fmt: skip
+  manifest = prepare(recipe, tmp_path / "out")
+  assert len(manifest.train) == 5 and read_side(tmp_path / "out", "train")[0] == texts
+  assert manifest.sources[0]["files"] == [
+    {"path": "hf:some/set", "rows": len(texts), "fingerprint": "f00"}
+  ]
+  with pytest.raises(ValueError, match="no field 'text'; it has 'body', 'other'"):
+    prepare(dataclasses.replace(recipe, reading=Reading()), tmp_path / "other")
+  units_module._hub.cache_clear()
 
 
 def test_best_fit_rows_hold_whole_documents(corpus, tmp_path):
@@ -142,6 +199,21 @@ def test_three_workers_write_the_bytes_of_one(corpus, tmp_path):
   )
 
 
+@pytest.mark.slow
+def test_errors_and_deaths_of_workers(corpus, tmp_path):
+  folder, texts = corpus
+  path = folder / "c.jsonl"
+  path.write_text(path.read_text() + "{broken\n")
+  with pytest.raises(ValueError, match=rf"c\.jsonl:{len(texts) + 1}: not JSON"):
+    prepare(recipe_of(folder), tmp_path / "out", workers=2)
+  with pytest.raises(RuntimeError, match="a worker process was killed"), Workers(2) as pool:
+    pool.run(die, [(1,), (2,)], lambda: None)
+
+
+def die(number, report):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Killed(BaseException):
   pass
 
@@ -178,6 +250,8 @@ def test_killed_at_any_file_and_started_again(corpus, tmp_path, monkeypatch, mom
     except Killed:
       pass
     monkeypatch.setattr(os, "replace", replace)
+    if target.exists():
+      (target / ".train-000000.array_record.1").write_bytes(b"of a process that was killed")
     if not (target / "manifest.json").exists() and (target / "plan.json").exists():
       with pytest.raises(FileNotFoundError, match="finish it with: python -m lladax.data prepare"):
         read_manifest(target)
@@ -308,14 +382,13 @@ def test_nothing_is_written_for_bad_input(corpus, tmp_path):
   assert not target.exists()
 
 
-def test_a_bad_line_is_named_and_mended(corpus, tmp_path):
+def test_a_bad_line_and_no_text_are_named(corpus, tmp_path):
   folder, texts = corpus
   path, target = folder / "c.jsonl", tmp_path / "out"
   good = path.read_text()
   path.write_text(good + "{broken\n")
-  for workers in (1, 2):
-    with pytest.raises(ValueError, match=rf"c\.jsonl:{len(texts) + 1}: not JSON"):
-      prepare(recipe_of(folder), target, workers=workers)
+  with pytest.raises(ValueError, match=rf"c\.jsonl:{len(texts) + 1}: not JSON"):
+    prepare(recipe_of(folder), target)
   with pytest.raises(ValueError, match="no text to train on"):
     (folder / "empty.jsonl").write_text('{"text": ""}\n')
     prepare(recipe_of(folder, sources=(str(folder / "empty.jsonl"),)), tmp_path / "nothing")

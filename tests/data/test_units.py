@@ -109,7 +109,7 @@ def test_separators_and_letters_across_blocks(tmp_path, monkeypatch, block):
 def test_small_files_share_a_unit(tmp_path):
   for number in range(10):
     (tmp_path / f"{number}.txt").write_text("x" * 100)
-  assert [len(part) for part in read(tmp_path, 250)] == [3, 3, 3, 1]
+  assert [len(part) for part in read(tmp_path, 250)] == [2, 2, 2, 2, 2]
 
 
 def test_bundled_text():

@@ -80,9 +80,13 @@ class Metrics:
     self.close()
 
   def start(self, step: int):
-    """Opens the files; records after `step`, the last one taken, are dropped."""
+    """Opens the files; records after `step`, the last one taken, are dropped.
+
+    Called again, it goes on from another step.
+    """
     if not self._writes:
       return
+    self._close_files()
     from tensorboardX import SummaryWriter
 
     self._workdir.mkdir(parents=True, exist_ok=True)
@@ -93,10 +97,16 @@ class Metrics:
       self._display.start(step)
 
   def close(self):
-    for writer in (self._records, self._tensorboard, self._display):
+    self._close_files()
+    if self._display is not None:
+      self._display.close()
+    self._display = None
+
+  def _close_files(self):
+    for writer in (self._records, self._tensorboard):
       if writer is not None:
         writer.close()
-    self._records = self._tensorboard = self._display = None
+    self._records = self._tensorboard = None
 
   def __call__(self, step: int, metrics: Sums, seconds: float | None):
     """Takes in one step; `seconds` it took, or None where that says nothing (compilation)."""
@@ -246,6 +256,9 @@ class Bar:
     )
 
   def start(self, step: int):
+    if self._progress.tasks:
+      self._progress.update(self._task, completed=step, status="set back")
+      return
     self._progress.start()
     self._task = self._progress.add_task("", total=self._steps, completed=step, status="compiling")
 

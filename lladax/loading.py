@@ -96,11 +96,17 @@ def _from_run(path: str | os.PathLike, mesh, dtype: str | None) -> Model:
     return saved.model if dtype is None else replace(saved.model, dtype=dtype, param_dtype=dtype)
 
   loaded = load_params(path, lambda saved: _placed(config_of(saved), mesh))
+  config, files = config_of(loaded.config), loaded.files(TOKENIZER_FILES)
+  tokenizer = load_tokenizer(files)
+  conversation = hub.read_chat(files, tokenizer)
+  stop_ids = () if conversation is None else (conversation.end_of_turn_id,)
   return Model(
-    config=config_of(loaded.config),
+    config=config,
     params=loaded.params,
-    tokenizer=load_tokenizer(loaded.files(TOKENIZER_FILES)),
+    tokenizer=tokenizer,
     sampler=loaded.config.sampler,
+    conversation=conversation,
+    stop_ids=tuple(i for i in stop_ids if i != config.eos_token_id),
     mesh=mesh,
   )
 

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import op
 from kernels_pallas.attention import chunked, cudnn, reference, row_blocks, splash
@@ -140,7 +141,8 @@ def _run(kernels, query, key, value, segments, limits):
 
 
 def _run_fwd(kernels, *args):
-  out, log_norm = _dispatch(kernels, "forward", *args)
+  # By this name a policy of `jax.checkpoint` can keep them, and not run the kernel again.
+  out, log_norm = checkpoint_name(_dispatch(kernels, "forward", *args), "attention")
   return out, (*args, out, log_norm)
 
 

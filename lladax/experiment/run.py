@@ -23,6 +23,7 @@ from lladax.experiment.start import (
   check_tokenizer,
   data_position,
   find_origin,
+  origin_tokenizer,
   read_origin,
   write_origin,
 )
@@ -140,14 +141,17 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
 def _check(config: Experiment, workdir: epath.Path):
   """(resolved config, data, mesh, origin or None), before anything is written or computed."""
   _check_workdir(config, workdir)
-  data = load_data(config.data, vocab_size=config.model.vocab_size)
+  origin = tokenizer = None
+  if config.start is not None:
+    origin = find_origin(config.start, workdir, config.model)
+    if getattr(config.data, "tokenizer", "") is None:
+      tokenizer = origin_tokenizer(origin)
+  data = load_data(config.data, tokenizer=tokenizer, vocab_size=config.model.vocab_size)
   config = with_special_ids(config, data.tokenizer)
   mesh = make_mesh(config.mesh)
   _check_mesh(config, mesh)
-  if config.start is None:
-    return config, data, mesh, None
-  origin = find_origin(config.start, workdir, config.model)
-  check_tokenizer(origin, data.tokenizer)
+  if origin is not None:
+    check_tokenizer(origin, data.tokenizer)
   return config, data, mesh, origin
 
 

@@ -6,7 +6,6 @@ import abc
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from etils import epath
 
 from lladax import hub
 from lladax.config import ConfigError
-from lladax.data import Tokenizer
+from lladax.data import Tokenizer, load_tokenizer
 from lladax.hub.load import plan_import
 from lladax.models import ModelConfig, abstract_params
 from lladax.train import CheckpointError, TrainState, load_params, read_records, state_from
@@ -181,23 +180,29 @@ def write_origin(origin: Origin, workdir: epath.Path):
     new.replace(workdir / START_FILE)
 
 
+def origin_tokenizer(origin: Origin) -> Tokenizer | None:
+  """The tokenizer of the run that a run begins from; None where it is no run of ours."""
+  return None if origin.checkpoint is None else load_tokenizer(_tokenizer_folder(origin))
+
+
 def check_tokenizer(origin: Origin, tokenizer: Tokenizer):
   """Makes sure that ids mean to the new run what they meant to the run it begins from.
 
+  The new tokenizer may know more ids, such as the special tokens of a chat template.
+
   Raises:
-    ConfigError: if the tokenizers are not the same.
+    ConfigError: if an id of the origin means something else.
   """
-  if origin.checkpoint is None:
-    return
-  with tempfile.TemporaryDirectory() as folder:
-    tokenizer.save(folder)
-    mine = {path.name: path.read_bytes() for path in epath.Path(folder).iterdir()}
-  saved = origin.checkpoint / "run" / "tokenizer"
-  if mine != {path.name: path.read_bytes() for path in saved.iterdir()}:
+  saved = origin_tokenizer(origin)
+  if saved is not None and not hub.same_ids(saved, tokenizer):
     raise ConfigError(
       f"the tokenizer of the data is not that of {origin.checkpoint}, so its ids would mean other "
-      f"text; use the one in {saved}"
+      f"text; use the one in {_tokenizer_folder(origin)}"
     )
+
+
+def _tokenizer_folder(origin: Origin) -> epath.Path:
+  return origin.checkpoint / "run" / "tokenizer"
 
 
 def read_origin(

@@ -1,7 +1,7 @@
 """Released weights in and out: Hugging Face folders to parameters and back."""
 
 from lladax.hub.chat import BUILT_IN, Chat, ChatTemplate, read_chat_template
-from lladax.hub.chat_tokenizer import ChatTokenizer, chat_tokenizer, read_chat
+from lladax.hub.chat_tokenizer import ChatTokenizer, chat_tokenizer, read_chat, same_ids
 from lladax.hub.export import ExportError, save_folder
 from lladax.hub.families import FAMILIES, Family, family_for, family_of
 from lladax.hub.family import IDS
@@ -34,5 +34,6 @@ __all__ = [
   "read_chat",
   "read_chat_template",
   "read_folder_tokenizer",
+  "same_ids",
   "save_folder",
 ]

@@ -94,3 +94,20 @@ def read_chat(directory: str | os.PathLike, tokenizer: Tokenizer) -> Chat | None
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} does not describe a chat template: {error!r}") from None
   return Chat(tokenizer, template)
+
+
+def same_ids(old: Tokenizer, new: Tokenizer) -> bool:
+  """Whether every id and every text mean to `new` what they mean to `old`; it may know more ids.
+
+  A `ChatTokenizer` of a tokenizer, for one, has its ids.
+  """
+  descriptions = []
+  for tokenizer in (old, new):
+    if isinstance(tokenizer, Bytes):
+      tokenizer = bytes_as_json()
+    description = json.loads(tokenizer.engine.to_str())
+    added = {entry["id"]: entry for entry in description.pop("added_tokens")}
+    special = tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id
+    descriptions.append((added, description, special))
+  (old_added, *old_rest), (new_added, *new_rest) = descriptions
+  return old_rest == new_rest and old_added.items() <= new_added.items()

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from lladax.moe.layer import MoEConfig
 
 DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "full", "dots")
+# Named by what the backward pass keeps; "full" and "dots" are keep_nothing and keep_dots.
+REMAT_POLICIES = (
+  "none", "full", "dots", "keep_nothing", "keep_dots", "keep_attention", "keep_routing",
+  "keep_attention_and_routing",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +48,11 @@ class ModelConfig:
     dtype: of activations and matrix products, "float32" or "bfloat16"; router, norms and logits
       are float32 in any case.
     param_dtype: of the parameters.
-    remat: what the backward pass recomputes: "none", "full" (every layer from its input), "dots"
-      (all but matrix products).
+    remat: what the backward pass keeps of a layer, and does not recompute from its input: "none" (no
+      recomputation: everything is kept), "keep_nothing" or "full", "keep_dots" or "dots" (matrix
+      products), "keep_attention" (what attention's kernel gives, which is then not run again),
+      "keep_routing" (the experts of each token, which are then those of the forward pass in the
+      backward pass too, whatever rounding does), "keep_attention_and_routing".
     scan_unroll: layers unrolled per iteration of the scan over layers; it trades compile time
       for speed.
 

@@ -22,10 +22,16 @@ from lladax.moe.router import RouterStats
 from lladax.sharding import constrain
 from lladax.types import Logits, PerToken, Positions, RowGroups, Scalar, TokenNll, Tokens
 
+_keep = jax.checkpoint_policies.save_only_these_names
+
 REMAT = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "keep_nothing": jax.checkpoint_policies.nothing_saveable,
+  "keep_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "keep_attention": _keep("attention"),
+  "keep_routing": _keep("routing"),
+  "keep_attention_and_routing": _keep("attention", "routing"),
 }
+REMAT |= {"full": REMAT["keep_nothing"], "dots": REMAT["keep_dots"]}
 
 
 class Layer(nn.Module):

@@ -13,6 +13,7 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from lladax.types import RowGroups
 
@@ -201,9 +202,9 @@ def _biased(scores: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 def _top_k(scores: jax.Array, choice: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   """The experts of the k largest in `choice`, and their `scores`."""
-  if choice is scores:
-    return jax.lax.top_k(scores, k)
-  experts = jax.lax.top_k(choice, k)[1]
+  experts = jax.lax.top_k(jax.lax.stop_gradient(choice), k)[1]
+  # By this name a policy of `jax.checkpoint` can keep them, and not choose again.
+  experts = checkpoint_name(experts, "routing")
   return jnp.take_along_axis(scores, experts, axis=-1), experts
 
 

@@ -98,7 +98,7 @@ def remedies(at: Situation) -> list[Remedy]:
   """Changes that would make the step fit, or that help; the gentlest first."""
   memory, found = at.memory, []
   parts_of_rows = [parts for parts in (2, 4, 8, 16, 32) if at.rows % parts == 0]
-  if at.remat != "full" and at.saved > at.saved_least:
+  if at.remat not in ("full", "keep_nothing") and at.saved > at.saved_least:
     less = memory.needed - at.saved + at.saved_least
     found.append(Remedy("--set model.remat=full (recompute every layer)", max(less, 0)))
   for parts in parts_of_rows:

@@ -172,7 +172,7 @@ def _situation(config: Experiment, slice_: Slice, program: steps.Lowered, memory
     slice_=slice_,
     mesh_sizes=sizes,
     fixed=min(memory.parameters + _layer_bytes(model, program.params, item), memory.temporaries),
-    saved=least if model.remat == "full" else least + kept,
+    saved=least if model.remat in ("full", "keep_nothing") else least + kept,
     saved_least=least,
     rows=config.data.batch_size / config.microbatches / shards,
     batch_size=config.data.batch_size,

@@ -7,7 +7,7 @@ import tokenizers
 
 from lladax.data.tokenizer import Bytes, JsonTokenizer, load_tokenizer, train_bpe
 from lladax.hub.chat import BUILT_IN, Chat, ChatTemplate
-from lladax.hub.chat_tokenizer import chat_tokenizer, read_chat
+from lladax.hub.chat_tokenizer import chat_tokenizer, read_chat, same_ids
 
 NAMES = list(BUILT_IN)
 TURNS = [
@@ -132,3 +132,15 @@ def test_what_is_saved_chats_again(tmp_path, name):
   (tmp_path / "chat_template.json").write_text("{}")
   with pytest.raises(ValueError, match="does not describe a chat template"):
     read_chat(tmp_path, BPE)
+
+
+def test_which_tokenizers_have_the_same_ids():
+  other = train_bpe(["quite another text of other words " * 20], 290)
+  assert same_ids(BPE, BPE) and same_ids(Bytes(), Bytes())
+  for tokenizer in (Bytes(), BPE):
+    extended = chat_tokenizer(tokenizer, BUILT_IN["llada_moe"])
+    assert same_ids(tokenizer, extended) and not same_ids(extended, tokenizer)
+    assert not same_ids(extended, chat_tokenizer(tokenizer, BUILT_IN["chatml"]))
+  assert not same_ids(BPE, other) and not same_ids(Bytes(), BPE)
+  mask_moved = JsonTokenizer(BPE.engine, "<|endoftext|>", "<|mask|>", "<|mask|>")
+  assert not same_ids(BPE, mask_moved)

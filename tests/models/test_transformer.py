@@ -194,13 +194,40 @@ def test_token_nll_equals_the_log_softmax():
 
 
 @pytest.mark.parametrize(
-  "changes", [dict(remat="full", scan_unroll=7), dict(remat="dots")], ids=str
+  "changes",
+  [dict(remat="full", scan_unroll=7), dict(remat="dots"), dict(remat="keep_attention_and_routing")],
+  ids=str,
 )
 def test_what_is_recomputed_changes_no_number(changes):
   want = loss_and_gradients(CONFIG, *training_args())
   got = loss_and_gradients(dataclasses.replace(CONFIG, **changes), *training_args())
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_remat_keeps_what_its_name_says():
+  wide = dataclasses.replace(MOE, num_experts=8, num_experts_per_tok=1)
+  config = dataclasses.replace(CONFIG, moe=wide)
+  args = training_args(config)
+
+  def cost(remat):
+    config_ = dataclasses.replace(config, remat=remat)
+    compiled = loss_and_gradients.lower(config_, *args).compile().cost_analysis()
+    text = str(jax.make_jaxpr(lambda *args: loss_and_gradients(config_, *args))(*args))
+    return compiled["flops"], text.count(" = top_k["), text.count(" = exp ")
+
+  # Operations of the compiled step; choices and exponentials of the traced one.
+  none, nothing, attention, routing = map(
+    cost, ("none", "keep_nothing", "keep_attention", "keep_routing")
+  )
+  assert nothing == cost("full")
+  assert none[0] < attention[0] < nothing[0]
+  # Neither the scores of attention nor the values they weight are computed again.
+  rows, heads = args[1].shape[0], config.num_attention_heads
+  assert nothing[0] - attention[0] > 2 * 2 * rows * heads * L * L * config.head_size
+  assert (none[2], attention[2]) == (nothing[2] - 3, nothing[2] - 1)
+  # Experts are chosen once, and not again backward.
+  assert (none[1], nothing[1], routing[1]) == (1, 2, 1)
 
 
 VARIANTS = {

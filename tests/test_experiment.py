@@ -133,6 +133,17 @@ def test_eight_devices_and_microbatches_give_the_losses_of_one(trained, corpus, 
     np.testing.assert_allclose(mine, whole[:3], rtol=tolerance)
 
 
+def test_a_trace_has_the_steps_that_were_asked_for(corpus, tmp_path):
+  config = experiment(corpus, profile_steps=(2, 3), save_every=9)
+  with open_on_one_device(config, tmp_path) as run:
+    train(run)
+  (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+  assert trace.stat().st_size > 1000
+  record = read_records(tmp_path)[-1]
+  assert record[f"epoch/{pathlib.Path(corpus).name}"] == pytest.approx(6 * 16 / len(run.data.train_rows))
+  assert record["tflops_per_second_per_device"] > 0 and "mfu" not in record
+
+
 def test_the_facade_opens_what_was_trained(trained):
   workdir, params, _ = trained
   model = lladax.load(workdir)

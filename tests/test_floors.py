@@ -35,7 +35,7 @@ FLOORS |= {
   "average": {"train", "config"},  # the command
   "host": BELOW,
 }
-FLOORS["experiment"] = {*FLOORS}
+FLOORS["experiment"] = {*FLOORS, "scaling.flops", "scaling.chips"}
 # What an experiment would be on other machines; only its counts of operations stand lower.
 FLOORS["scaling"] = {"experiment", *BELOW}
 FLOORS["plan"] = {"scaling", "experiment", *BELOW}  # the command

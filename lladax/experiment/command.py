@@ -12,7 +12,7 @@ from etils import epath
 
 from lladax.config import ConfigError, fields_help, override
 from lladax.experiment.config import Experiment
-from lladax.train import CheckpointError, NonFiniteError
+from lladax.train import CheckpointError, GuardError, NoiseDrift, NonFiniteError
 
 Train = Callable[[Experiment, epath.Path], object]
 ALL, DEBUG = "all", "debug"
@@ -99,7 +99,7 @@ def run_command(
   assignments: Sequence[str],
   mode: str,
 ) -> int:
-  """`main` after its flags were read: the exit status, 0, 1 (not finite), 2 (input), 130 (^C).
+  """`main` after its flags were read: the exit status, 0, 1 (a guard ended it), 2 (input), 130 (^C).
 
   Several experiments are run one after the other, each in the directory `<workdir>/<stage>`.
   """
@@ -112,9 +112,12 @@ def run_command(
       for name, part in parts.items():
         if part is not None and mode in (name, "all"):
           part(config, path)
-  except (ConfigError, CheckpointError, NonFiniteError) as error:
+  except (NonFiniteError, GuardError, NoiseDrift) as error:
     print(f"error: {error}", file=sys.stderr)
-    return 1 if isinstance(error, NonFiniteError) else 2
+    return 1
+  except (ConfigError, CheckpointError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   except KeyboardInterrupt:
     return 130
   return 0

@@ -10,13 +10,13 @@ from lladax.experiment.start import Best, Start
 from lladax.infer import SamplerConfig
 from lladax.models import ModelConfig
 from lladax.sharding import MeshConfig
-from lladax.train import OptimizerConfig, make_optimizer
+from lladax.train import GuardConfig, OptimizerConfig, make_optimizer
 
 # A run may be resumed with other values of these: they change neither its noise nor its data nor
 # its mathematics but for rounding, or (steps) say how long it goes on.
 RESUMABLE = (
   "steps", "microbatches", "mesh", "sampler", "log_every", "eval_every", "save_every", "keep",
-  "keep_every", "keep_best", "max_nonfinite", "profile_steps", "data.prefetch", "model.dtype",
+  "keep_every", "keep_best", "guard", "on_drift", "max_nonfinite", "profile_steps", "data.prefetch", "model.dtype",
   "model.param_dtype", "model.remat", "model.scan_unroll",
   "model.moe.exchange", "model.moe.implementation",
 )  # fmt: skip
@@ -45,6 +45,8 @@ class Experiment:
     keep_every: multiples of this step are kept besides.
     keep_best: the checkpoint with the best evaluation is kept besides, e.g. `Best("heldout/nll")`.
     profile_steps: first and last step of which a trace is written to `<workdir>/profile`.
+    guard: when the run is set back to a checkpoint by itself; None: never.
+    on_drift: "warn" of noise that is not the schedule's, or "stop" the run.
     max_nonfinite: steps in a row with a loss or gradient that is not finite, at which a run ends.
 
   Raises:
@@ -69,6 +71,8 @@ class Experiment:
   keep_every: int | None = None
   keep_best: Best | None = None
   profile_steps: tuple[int, int] | None = None
+  guard: GuardConfig | None = None
+  on_drift: str = "warn"
   max_nonfinite: int = 20
 
   def __post_init__(self):
@@ -86,6 +90,8 @@ class Experiment:
         f"data.length {self.data.length} is longer than the model's context, "
         f"model.max_position_embeddings {self.model.max_position_embeddings}"
       )
+    if self.on_drift not in ("warn", "stop"):
+      raise ValueError(f"on_drift is 'warn' or 'stop'; got {self.on_drift!r}")
     if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
       raise ValueError(
         f"profile_steps are the first and the last step, counted from 1; got {self.profile_steps}"

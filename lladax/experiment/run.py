@@ -11,11 +11,13 @@ import os
 from collections.abc import Iterator, Sequence
 
 import jax
+from absl import logging
 from etils import epath
 
 from lladax.config import ConfigError, to_json
-from lladax.data import Data, Fingerprint, Tokenizer, load_data
+from lladax.data import Data, Fingerprint, Tokenizer, TrainIterator, load_data
 from lladax.experiment.config import RESUMABLE, Experiment
+from lladax.experiment.rates import amounts_per_step
 from lladax.experiment.start import (
   Origin,
   check_tokenizer,
@@ -30,23 +32,31 @@ from lladax.sharding import BATCH_AXES, make_mesh, own_rows, use_mesh
 from lladax.train import (
   CheckpointError,
   Checkpoints,
+  GuardConfig,
   Metrics,
+  NoiseWatch,
+  NonFiniteError,
+  SpikeGuard,
+  StepBack,
   TrainState,
   abstract_state,
+  add_rollback,
   every,
   fit,
   init_state,
   learning_rate,
   make_diffusion_step,
   make_optimizer,
+  plan_rollback,
+  read_rollbacks,
   state_shardings,
   stop_on_nonfinite,
   warn_of_drops,
   write_run_record,
 )
 from lladax.train.checkpoint import require_same_config
-from lladax.train.loop import Hook, place
-from lladax.types import Batch
+from lladax.train.loop import Hook, Reader, TrainStep, place
+from lladax.train.profile import Trace
 
 # The tokenizer settles these, after the config was written.
 SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
@@ -66,6 +76,7 @@ class Run:
     batches: the data iterator, at the step of `state`.
     metrics: writes records: `run.metrics.write(step, {"heldout/bits": 1.5})`.
     checkpoints: of this run.
+    readers: of the metrics of every step, besides `metrics`: the watch over the noise, and guards.
   """
 
   config: Experiment
@@ -73,9 +84,10 @@ class Run:
   data: Data
   mesh: jax.sharding.Mesh
   state: TrainState
-  batches: Iterator[Batch]
+  batches: TrainIterator
   metrics: Metrics
   checkpoints: Checkpoints
+  readers: tuple[Reader, ...] = ()
 
 
 @contextlib.contextmanager
@@ -90,40 +102,24 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
   """
   workdir = epath.Path(workdir)
   with _one_line():
-    _check_workdir(config, workdir)
-    origin = tokenizer = None
-    if config.start is not None:
-      origin = find_origin(config.start, workdir, config.model)
-      if getattr(config.data, "tokenizer", "") is None:
-        tokenizer = origin_tokenizer(origin)
-    data = load_data(config.data, tokenizer=tokenizer, vocab_size=config.model.vocab_size)
-    config = with_special_ids(config, data.tokenizer)
-    mesh = make_mesh(config.mesh)
-    _check_mesh(config, mesh)
-    if origin is not None:
-      check_tokenizer(origin, data.tokenizer)
+    config, data, mesh, origin = _check(config, workdir)
   _write_config(config, workdir)
   if origin is not None:
     write_origin(origin, workdir)
   write_run_record(workdir)
   batches = data.train_iterator(rows=own_rows(mesh, config.data.batch_size))
-  tokens_per_step = config.data.batch_size * config.data.length
-  with (
-    use_mesh(mesh),
-    Metrics(
-      workdir, steps=config.steps, every=config.log_every, tokens_per_step=tokens_per_step
-    ) as metrics,
-    Checkpoints(
-      workdir / "checkpoints",
-      config=config,
-      iterators={"corpus": Fingerprint(data), "data": batches, "metrics": metrics},
-      files={"tokenizer": data.tokenizer.save},
-      keep=config.keep,
-      keep_every=config.keep_every,
-      keep_best=config.keep_best and functools.partial(config.keep_best.find, workdir),
-      may_differ=RESUMABLE,
-    ) as checkpoints,
-  ):
+  metrics = Metrics(
+    workdir,
+    steps=config.steps,
+    every=config.log_every,
+    tokens_per_step=config.data.batch_size * config.data.length,
+    rates=amounts_per_step(config, mesh.devices.reshape(-1)),
+    also=lambda step: {f"epoch/{name}": n for name, n in batches.epochs(step).items()},
+  )
+  noise = NoiseWatch(config.objective.times, on_drift=config.on_drift, write=metrics.write)
+  guard = SpikeGuard(config.guard or GuardConfig(spike=None))
+  iterators = {"data": batches, "metrics": metrics, "noise": noise, "guard": guard}
+  with use_mesh(mesh), metrics, _checkpoints(config, workdir, data, iterators) as checkpoints:
     yield Run(
       config=config,
       workdir=workdir,
@@ -133,29 +129,110 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
       batches=batches,
       metrics=metrics,
       checkpoints=checkpoints,
+      readers=(
+        noise,
+        guard,
+        warn_of_drops,
+        stop_on_nonfinite(config.max_nonfinite, checkpoints),
+      ),
     )
 
 
-def train(run: Run, hooks: Sequence[Hook] = ()) -> TrainState:
-  """Trains an open run to its last step; hooks run before the save of their step."""
-  config = run.config
-  run.metrics.start(int(run.state.step))
-  save = every(config.save_every, run.checkpoints.save, at_end=True, on_stop=True)
-  return fit(
-    run.state,
-    map(lambda batch: place(batch, run.mesh), run.batches),
-    train_step(config, state_shardings(run.state)),
-    steps=config.steps,
-    readers=[run.metrics, warn_of_drops, stop_on_nonfinite(config.max_nonfinite, run.checkpoints)],
-    hooks=[*hooks, save],
+def _check(config: Experiment, workdir: epath.Path):
+  """(resolved config, data, mesh, origin or None), before anything is written or computed."""
+  _check_workdir(config, workdir)
+  origin = tokenizer = None
+  if config.start is not None:
+    origin = find_origin(config.start, workdir, config.model)
+    if getattr(config.data, "tokenizer", "") is None:
+      tokenizer = origin_tokenizer(origin)
+  data = load_data(config.data, tokenizer=tokenizer, vocab_size=config.model.vocab_size)
+  config = with_special_ids(config, data.tokenizer)
+  mesh = make_mesh(config.mesh)
+  _check_mesh(config, mesh)
+  if origin is not None:
+    check_tokenizer(origin, data.tokenizer)
+  return config, data, mesh, origin
+
+
+def _checkpoints(config: Experiment, workdir: epath.Path, data: Data, iterators) -> Checkpoints:
+  return Checkpoints(
+    workdir / "checkpoints",
+    config=config,
+    iterators={"corpus": Fingerprint(data), **iterators},
+    files={"tokenizer": data.tokenizer.save},
+    keep=config.keep,
+    keep_every=config.keep_every,
+    keep_best=config.keep_best and functools.partial(config.keep_best.find, workdir),
+    may_differ=RESUMABLE,
   )
+
+
+def train(run: Run, hooks: Sequence[Hook] = ()) -> TrainState:
+  """Trains an open run to its last step; hooks run before the save of their step.
+
+  Raises:
+    NonFiniteError: if too many steps in a row have a loss or gradient that is not finite.
+    GuardError: if the run was set back too often, or there is nothing to set it back to.
+    NoiseDrift: if the noise is not the schedule's, and the config says to stop.
+  """
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state
+  )
+  step = train_step(run.config, state_shardings(run.state))
+  while True:
+    try:
+      return _train(run, step, hooks)
+    except StepBack as alarm:
+      guard = run.config.guard
+      if guard is None or (isinstance(alarm, NonFiniteError) and not guard.nonfinite):
+        raise
+      run = _set_back(run, alarm, abstract)
+
+
+def _train(run: Run, step_function: TrainStep, hooks: Sequence[Hook]) -> TrainState:
+  config, step = run.config, int(run.state.step)
+  run.metrics.start(step)
+  save = every(config.save_every, run.checkpoints.save, at_end=True, on_stop=True)
+  with contextlib.ExitStack() as stack:
+    hooks = [*hooks, save]
+    if config.profile_steps is not None:
+      first, last = config.profile_steps
+      trace = Trace(first, last, step=step, directory=run.workdir / "profile")
+      hooks = [stack.enter_context(trace), *hooks]
+    return fit(
+      run.state,
+      map(lambda batch: place(batch, run.mesh), run.batches),
+      step_function,
+      steps=config.steps,
+      readers=[run.metrics, *run.readers],
+      hooks=hooks,
+    )
+
+
+def _set_back(run: Run, alarm: StepBack, abstract: TrainState) -> Run:
+  """The run as it was before what the alarm is about; see `lladax.train.guards` for the order."""
+  run.checkpoints.wait()
+  past = read_rollbacks(run.workdir)
+  rollback = plan_rollback(run.config.guard, alarm, run.checkpoints.all_steps, past)
+  logging.warning("%s; back to step %d, on with batch %d", alarm, rollback.to, rollback.next_batch)
+  run.checkpoints.set_aside_after(rollback.to)
+  if jax.process_index() == 0:
+    add_rollback(run.workdir, rollback)
+  state = run.checkpoints.restore(abstract)
+  _skip_to(run.batches, rollback.next_batch)
+  return dataclasses.replace(run, state=state)
+
+
+def _skip_to(batches: TrainIterator, next_batch: int):
+  batches.set_state({"next_index": next_batch, "start": batches.start})
 
 
 def restore_or_start(
   config: Experiment,
   mesh: jax.sharding.Mesh,
   checkpoints: Checkpoints,
-  batches: Iterator[Batch],
+  batches: TrainIterator,
   origin: Origin | None = None,
 ) -> TrainState:
   """The newest whole checkpoint, else the origin of the run, else fresh parameters.
@@ -170,6 +247,10 @@ def restore_or_start(
   abstract = abstract_state(init_params, optimizer, mesh)
   restored = checkpoints.restore(abstract)
   if restored is not None:
+    rollbacks = read_rollbacks(checkpoints.directory.parent)
+    if rollbacks and rollbacks[-1].to == int(restored.step):
+      # Killed after it was set back to this checkpoint, and before the next one.
+      _skip_to(batches, rollbacks[-1].next_batch)
     return restored
   if origin is None:
     return init_state(init_params, optimizer, config.seed, mesh)

@@ -70,6 +70,28 @@ CHIPS = {
 }  # fmt: skip
 
 
+# What JAX calls the devices of a generation.
+DEVICE_KINDS = {
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU v6e": "v6e",
+  "TPU7x": "tpu7x",
+}
+# Dense bfloat16 products of tensor cores, from NVIDIA's data sheets of the SXM modules.
+GPU_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Peak of bfloat16 matrix products per second of a device by `jax.Device.device_kind`."""
+  if device_kind in DEVICE_KINDS:
+    return CHIPS[DEVICE_KINDS[device_kind]].flops
+  words = device_kind.replace("-", " ").split()
+  return next((flops for name, flops in GPU_FLOPS.items() if name in words), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
   """A slice of a pod: which chips, and how many along each dimension of their torus."""

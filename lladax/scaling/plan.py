@@ -10,6 +10,7 @@ import jax
 
 from lladax.config import ConfigError
 from lladax.experiment import Experiment
+from lladax.experiment.rates import supervised_share, useful_flops
 from lladax.scaling import aot, flops, hlo, steps
 from lladax.scaling.chips import Slice
 from lladax.scaling.collectives import Collective, Layout, find_collectives
@@ -72,7 +73,7 @@ def plan_training(config: Experiment, slice_: Slice) -> Plan:
     "slice_": slice_,
     "mesh_sizes": program.mesh_sizes,
     "exchange": exchange_name(config),
-    "useful_flops": steps.useful_train_flops(config, slice_.devices),
+    "useful_flops": useful_flops(config) / slice_.devices,
     "tokens_per_step": config.data.batch_size * config.data.length,
     "least": tuple(
       least_traffic(
@@ -81,7 +82,7 @@ def plan_training(config: Experiment, slice_: Slice) -> Plan:
         program.mesh_sizes,
         program.tokens,
         microbatches=config.microbatches,
-        supervised=steps.supervised_share(config),
+        supervised=supervised_share(config),
       )
     ),
   }

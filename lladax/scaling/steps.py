@@ -10,14 +10,13 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels_pallas import op
 from lladax.config import ConfigError
 from lladax.experiment import Experiment, train_step
+from lladax.experiment.rates import supervised_share
 from lladax.infer.denoiser import draw_tokens, remove_ids, token_probability
 from lladax.models import Denoiser, ModelConfig, init_variables
-from lladax.scaling import flops
 from lladax.scaling.chips import Slice
 from lladax.scaling.hlo import Computation, Module, Shape
 from lladax.scaling.mesh_rule import two_axes
@@ -70,12 +69,6 @@ def mesh_of(config: MeshConfig, slice_: Slice, devices: list) -> jax.sharding.Me
       )
       text += f"of two axes these fit: {fitting}"
     raise ConfigError(text) from error
-
-
-def supervised_share(config: Experiment) -> float:
-  """The expected share of tokens that are masked, and therefore supervised."""
-  times = config.objective.times(jax.random.key(0), 4096)
-  return float(np.mean(1 - np.asarray(config.objective.schedule.alpha(times), np.float64)))
 
 
 def lower_train_step(config: Experiment, slice_: Slice, devices: list) -> Lowered:
@@ -244,11 +237,3 @@ def lower_forward(
     live={},
     tokens=batch * length,
   )
-
-
-def useful_train_flops(config: Experiment, devices: int) -> float:
-  """Per device and step, with the head on the supervised tokens only."""
-  per_token = flops.train_flops(
-    config.model, config.data.length, supervised=supervised_share(config)
-  )
-  return per_token * config.data.batch_size * config.data.length / devices

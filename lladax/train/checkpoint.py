@@ -161,12 +161,19 @@ class Checkpoints:
       raise CheckpointError(f"{path} has no state of {sorted(missing)}")
     return read_train_state(path, abstract), iterator_states
 
-  def _set_aside(self, name: str):
+  def set_aside_after(self, step: int):
+    """Renames later checkpoints `<step>.undone`: a run that is set back to `step` left them."""
+    self.wait()
+    for later in self.all_steps:
+      if later > step:
+        self._set_aside(str(later), "undone")
+
+  def _set_aside(self, name: str, why: str = "damaged"):
     if jax.process_index() == 0:
-      taken = len(list(self.directory.glob(f"{name}.damaged*")))
-      (self.directory / name).rename(self.directory / f"{name}.damaged{taken or ''}")
+      taken = len(list(self.directory.glob(f"{name}.{why}*")))
+      (self.directory / name).rename(self.directory / f"{name}.{why}{taken or ''}")
     if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("damaged checkpoint set aside")
+      multihost_utils.sync_global_devices(f"checkpoint {name} set aside")
     self._manager.reload()
 
 

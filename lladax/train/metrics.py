@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,6 +43,9 @@ class Metrics:
     steps: length of the run, for the time that is left.
     every: steps per record.
     tokens_per_step: of the global batch, for tokens/s.
+    rates: what else a step is worth, by the name of the rate in a record; see
+      `lladax.experiment.rates`.
+    also: step -> other values of a record, such as epochs.
     show: progress on the terminal, or lines where standard output is none.
   """
 
@@ -52,11 +56,15 @@ class Metrics:
     steps: int,
     every: int = 10,
     tokens_per_step: int = 0,
+    rates: Mapping[str, float] | None = None,
+    also: Callable[[int], dict[str, Any]] | None = None,
     show: bool = True,
   ):
     if every < 1:
       raise ValueError(f"log_every is at least 1; got {every}")
     self._steps, self._every, self._tokens = steps, every, tokens_per_step
+    self._rates = {"steps_per_second": 1, "tokens_per_second": tokens_per_step, **(rates or {})}
+    self._also = also
     self._writes = jax.process_index() == 0
     self._workdir = pathlib.Path(workdir)
     self._sums: dict[str, np.ndarray] = {}
@@ -72,9 +80,13 @@ class Metrics:
     self.close()
 
   def start(self, step: int):
-    """Opens the files; records after `step`, the last one taken, are dropped."""
+    """Opens the files; records after `step`, the last one taken, are dropped.
+
+    Called again, it goes on from another step.
+    """
     if not self._writes:
       return
+    self._close_files()
     from tensorboardX import SummaryWriter
 
     self._workdir.mkdir(parents=True, exist_ok=True)
@@ -85,10 +97,16 @@ class Metrics:
       self._display.start(step)
 
   def close(self):
-    for writer in (self._records, self._tensorboard, self._display):
+    self._close_files()
+    if self._display is not None:
+      self._display.close()
+    self._display = None
+
+  def _close_files(self):
+    for writer in (self._records, self._tensorboard):
       if writer is not None:
         writer.close()
-    self._records = self._tensorboard = self._display = None
+    self._records = self._tensorboard = None
 
   def __call__(self, step: int, metrics: Sums, seconds: float | None):
     """Takes in one step; `seconds` it took, or None where that says nothing (compilation)."""
@@ -106,9 +124,11 @@ class Metrics:
   def _write_window(self, step: int):
     values = self._means()
     if self._seconds > 0:
-      values["steps_per_second"] = self._timed_steps / self._seconds
-      values["tokens_per_second"] = values["steps_per_second"] * self._tokens
+      speed = self._timed_steps / self._seconds
+      values |= {name: speed * amount for name, amount in self._rates.items()}
     values["tokens"] = step * self._tokens
+    if self._also is not None:
+      values |= self._also(step)
     self.write(step, values)
     if self._display:
       self._display.update(step, values)
@@ -236,6 +256,9 @@ class Bar:
     )
 
   def start(self, step: int):
+    if self._progress.tasks:
+      self._progress.update(self._task, completed=step, status="set back")
+      return
     self._progress.start()
     self._task = self._progress.add_task("", total=self._steps, completed=step, status="compiling")
 
@@ -275,6 +298,8 @@ def status(values: dict[str, Any]) -> str:
   parts = [f"loss {float(values['loss']):.4f}"] if "loss" in values else ["loss not finite"]
   if values.get("tokens_per_second"):
     parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+  if values.get("mfu"):
+    parts.append(f"MFU {values['mfu']:.1%}")
   return "  ".join(parts)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from lladax.models import Denoiser, abstract_params, llada2_mini, llada_moe_7b_a1b, tiny
 from lladax.scaling import token_flops, train_flops
+from lladax.scaling.chips import peak_flops
 
 
 @pytest.mark.quick
@@ -59,3 +60,10 @@ def test_against_xla(model):
   compiled = jax.jit(forward).lower(abstract_params(model), tokens).compile()
   useful = token_flops(model, length).total * rows * length
   assert compiled.cost_analysis()["flops"] == pytest.approx(useful, rel=0.02)
+
+
+def test_peaks_of_devices_by_the_names_that_jax_gives_them():
+  assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5") == 459e12
+  assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 == peak_flops("NVIDIA H200")
+  assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+  assert peak_flops("cpu") is None and peak_flops("NVIDIA GeForce RTX 4090") is None

@@ -10,8 +10,9 @@ import pytest
 
 from lladax import plan as command_module
 from lladax.config import ConfigError
+from lladax.experiment.rates import supervised_share
 from lladax.plan import Options, arranged, command, experiment_named
-from lladax.scaling import aot, steps
+from lladax.scaling import aot
 from lladax.scaling.chips import parse_slice
 from lladax.scaling.sweep import exchange_named
 from lladax.sharding import MeshConfig
@@ -75,9 +76,7 @@ def test_the_rule_chooses_and_is_overridden():
 
 
 def test_half_of_the_tokens_are_supervised():
-  assert steps.supervised_share(experiment_named("pretrain_llada_moe")) == pytest.approx(
-    0.5, rel=0.01
-  )
+  assert supervised_share(experiment_named("pretrain_llada_moe")) == pytest.approx(0.5, rel=0.01)
 
 
 def test_the_paper_s_stage():

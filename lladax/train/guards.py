@@ -62,8 +62,9 @@ class GuardConfig:
   Attributes:
     spike: a step is bad when its `metric` lies this many standard deviations (1.4826 median
       absolute deviations) above the median of the window; None: it is not looked at.
-    metric: of the step. `masked_nll` is the plain mean over masked tokens: the loss with its
-      weights 1 / t has a tail of large values by itself.
+    metric: of the step. `masked_nll` is the plain mean over masked tokens. In 1500 steps of a small
+      LLaDA-MoE with weights 1 / t (16 rows of 128 bytes) neither it nor `loss` stood 6 deviations
+      above the median of 200; `grad_norm` did 8 times.
     window: good steps that the median is taken of. Nothing is bad until there are so many.
     patience: bad steps in a row that make a spike.
     nonfinite: steps back when `Experiment.max_nonfinite` is reached, too, instead of ending.

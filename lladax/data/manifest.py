@@ -19,6 +19,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # while the folder is being prepared
 TOKENIZER = "tokenizer"
+SAMPLE = "sample.json"  # beside a tokenizer that was trained here: on how much text
 SIDES = ("train", "heldout")
 
 
@@ -50,8 +51,12 @@ class Manifest:
   @functools.cached_property
   def key(self) -> str:
     """Tells the training rows, their order and their tokenizer from any others."""
+    return self.key_of("train")
+
+  def key_of(self, side: str) -> str:
+    """As `key`, of either side."""
     digest = hashlib.sha256(f"{self.length} {self.tokenizer['sha256']}".encode())
-    for shard in self.train:
+    for shard in getattr(self, side):
       digest.update(shard.sha256.encode())
     return digest.hexdigest()[:16]
 
@@ -99,12 +104,18 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
   """What a manifest says of a tokenizer; equal for equal ones."""
   with tempfile.TemporaryDirectory() as folder:
     tokenizer.save(folder)
-    digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(folder).iterdir()):
+    sha256 = _tokenizer_sha256(pathlib.Path(folder))
+  ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad")}
+  return {"sha256": sha256, "vocab_size": tokenizer.vocab_size, **ids}
+
+
+def _tokenizer_sha256(folder: pathlib.Path) -> str:
+  digest = hashlib.sha256()
+  for path in sorted(folder.iterdir()):
+    if path.name != SAMPLE:
       content = path.read_bytes()
       digest.update(f"{path.name} {len(content)} ".encode() + content)
-  ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad")}
-  return {"sha256": digest.hexdigest(), "vocab_size": tokenizer.vocab_size, **ids}
+  return digest.hexdigest()
 
 
 def read_tokenizer(folder: pathlib.Path, manifest: Manifest) -> Tokenizer:
@@ -114,7 +125,8 @@ def read_tokenizer(folder: pathlib.Path, manifest: Manifest) -> Tokenizer:
     ValueError, FileNotFoundError: if it is not there, or not the one that made the rows.
   """
   tokenizer = load_tokenizer(folder / TOKENIZER)
-  if describe_tokenizer(tokenizer)["sha256"] != manifest.tokenizer["sha256"]:
+  # Of the files: another version of the library may write the same tokenizer in another way.
+  if _tokenizer_sha256(folder / TOKENIZER) != manifest.tokenizer["sha256"]:
     raise ValueError(
       f"the tokenizer in {folder / TOKENIZER} is not the one its rows were made with; copy it again"
     )

@@ -26,6 +26,7 @@ from lladax.config import to_tree
 from lladax.data.manifest import (
   MANIFEST,
   PLAN,
+  SAMPLE,
   SIDES,
   TOKENIZER,
   Manifest,
@@ -310,7 +311,7 @@ def _settle_tokenizer(
 ) -> dict[str, Any]:
   """Puts the tokenizer into the folder where it is not there yet; what the manifest says of it."""
   folder, spec = target / TOKENIZER, {"spec": recipe.tokenizer}
-  trained = folder / "sample.json"
+  trained = folder / SAMPLE
   if tokenizer is None and trained.exists():
     return _described(load_tokenizer(folder), spec | json.loads(trained.read_text()))
   sample = {}
@@ -326,7 +327,7 @@ def _settle_tokenizer(
   unfinished = target / f".{TOKENIZER}"
   tokenizer.save(unfinished)
   if sample:
-    write_json(unfinished / trained.name, sample)
+    write_json(unfinished / SAMPLE, sample)
   os.replace(unfinished, folder)
   return described
 

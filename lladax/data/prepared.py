@@ -91,7 +91,7 @@ class PreparedConfig(BatchesConfig):
     own = read_tokenizer(self.sources[0].folder, manifests[0])
     if tokenizer is not None:
       given = describe_tokenizer(tokenizer)
-      if given["sha256"] != manifests[0].tokenizer["sha256"]:
+      if given != describe_tokenizer(own):
         raise ValueError(
           f"the tokenizer given (vocabulary {given['vocab_size']}) is not the one that prepared "
           f"{self.sources[0].folder} ({manifests[0].tokenizer['spec']}, vocabulary "
@@ -177,10 +177,9 @@ class PreparedData(Data):
     return sum(manifest.total("text_bytes", "heldout") for manifest in self.manifests)
 
   def fingerprint(self) -> dict[str, Any]:
-    heldout = [shard.sha256 for manifest in self.manifests for shard in manifest.heldout]
     return {
       "sources": [manifest.key for manifest in self.manifests],
-      "heldout": heldout,
+      "heldout": [manifest.key_of("heldout") for manifest in self.manifests],
       "tokenizer": self.manifests[0].tokenizer["sha256"],
     }
 

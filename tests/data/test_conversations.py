@@ -172,6 +172,7 @@ def test_damaged_files(tmp_path):
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4))
 def test_what_was_written_is_read(turns):
   messages = [
@@ -199,6 +200,7 @@ JSON = st.recursive(
 )
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(JSON)
 def test_anything_is_a_conversation_or_a_clear_error(value):
   for parse in (parse_conversation, parse_preference):

@@ -44,6 +44,7 @@ def test_a_turn_is_the_prompt_of_a_chat_and_what_is_to_be_written(name, tokenize
 
 
 @pytest.mark.parametrize("name", NAMES)
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
   parts=st.lists(st.one_of(st.sampled_from([*SPECIAL, "<|mask|>", "<|endoftext|>"]), st.text()))
 )
@@ -55,6 +56,15 @@ def test_an_answer_that_spells_special_tokens_is_whole(name, parts):
   _, answer = chat.encode_turn([TURNS[1], {"role": "assistant", "content": content}])
   assert bytes(answer[:-1]) == expected.encode()  # bytes: no special id among them
   assert answer[-1] == chat.end_of_turn_id
+
+
+def test_a_turn_ends_with_the_first_token_that_ends_one():
+  source = "{% for m in messages %}{{ m.content }}<|im_end|>!<|im_end|>{% endfor %}"
+  template = ChatTemplate(
+    source=source, name="test", end_of_turn="<|im_end|>", spells=("<|im_end|>",)
+  )
+  chat = Chat(chat_tokenizer(Bytes(), template), template)
+  assert chat.encode_turn(TURNS[1:3])[1] == [*b" Hello.\n", chat.end_of_turn_id]
 
 
 @pytest.mark.parametrize(

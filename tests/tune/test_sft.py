@@ -250,9 +250,28 @@ def test_the_tokenizer_of_a_run_is_extended(tmp_path):
   assert data.tokenizer.encode("a<|im_end|>") == Bytes().encode("a<|im_end|>")
 
 
+def test_a_template_that_shortens_earlier_answers(tmp_path):
+  """As those that take out what was thought: then an earlier turn is not the beginning of a later."""
+  source = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>"
+    "{% elif loop.last %}{{ m.content }}<|im_end|>{% else %}cut<|im_end|>{% endif %}{% endfor %}"
+  )
+  (tmp_path / "template").mkdir()
+  (tmp_path / "template" / "chat_template.jinja").write_text(source)
+  tokenizer = chat_tokenizer(Bytes(), BUILT_IN["chatml"])
+  config = config_of(tmp_path, LONG, template=str(tmp_path / "template"))
+  data = config.load(tokenizer=tokenizer)
+  texts = [tokenizer.decode(data.train.ids(i), skip_special=False) for i in range(3)]
+  assert [text.replace("<|im_end|>", ".") for text in texts] == [
+    "x.yy.", "x.cut.z.wwwww.", "x.cut.z.cut.v.uuu."
+  ]  # fmt: skip
+  assert data.train.prompt.tolist() == [2, 8, 14]
+
+
 # --- packing -------------------------------------------------------------------------------------
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.lists(st.integers(1, 20), max_size=60))
 def test_best_fit_puts_every_item_into_a_row_once(lengths):
   rows = best_fit(np.array(lengths, np.int64), 20)

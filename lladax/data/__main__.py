@@ -12,93 +12,127 @@ folder, `verify` reads all of it, and `check` reads files of conversations or pr
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
 
-from absl import app, flags
-
 from lladax.data.manifest import SIDES, read_manifest
 from lladax.data.prepare import PACKINGS, Progress, Recipe, prepare
 from lladax.data.units import Reading
 from lladax.data.verify import describe, verify
 
-FLAGS = flags.FLAGS
 _USUAL = Recipe(sources=("",))
 
-flags.DEFINE_multi_string(
-  "source",
-  [],
-  "File, pattern or folder (JSON Lines, Parquet, ArrayRecord, text; .gz and .zst of JSON Lines and "
-  "text), hf:<id>, shakespeare or python. May be repeated.",
-)
-flags.DEFINE_string("target", None, "Folder to make, or to finish.")
-flags.DEFINE_string(
-  "tokenizer",
-  _USUAL.tokenizer,
-  "bytes, bpe:<vocabulary>, a tokenizer.json or its folder, or the workdir of a run.",
-)
-flags.DEFINE_integer("length", _USUAL.length, "Tokens in a row.", lower_bound=1)
-flags.DEFINE_float("heldout", _USUAL.heldout, "Fraction of the documents that is held out.")
-flags.DEFINE_integer("split_seed", _USUAL.split_seed, "Chooses the held-out documents.")
-flags.DEFINE_enum(
-  "packing",
-  "stream",
-  list(PACKINGS),
-  "stream: end to end, cut every row. best_fit: nothing is cut that fits a row; more padding.",
-)
-flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes.", lower_bound=1)
-flags.DEFINE_string("text_field", "text", "Field of JSON objects and tables that holds the text.")
-flags.DEFINE_string("separator", None, "Cuts text files into documents.")
-flags.DEFINE_enum("records", "json", ["json", "text"], "What an ArrayRecord record is.")
-flags.DEFINE_string("mask_token", None, "Its name in tokenizer.json, where it is unusual.")
-flags.DEFINE_string("eos_token", None, "Its name in tokenizer.json, where it is unusual.")
-flags.DEFINE_string("pad_token", None, "Its name in tokenizer.json, where it is unusual.")
-flags.DEFINE_integer(
-  "tokenizer_sample", _USUAL.tokenizer_sample, "Characters on which a BPE is trained."
-)
-flags.DEFINE_integer("unit_bytes", _USUAL.unit_bytes, "Size of a unit of work, about.")
-flags.DEFINE_integer("rows", 3, "Rows that inspect shows.", lower_bound=0)
-flags.DEFINE_enum("side", "train", ["train", "heldout"], "Which rows inspect shows.")
-flags.DEFINE_bool("progress", True, "Say how far the work is.")
 
-
-def main(argv: Sequence[str]):
-  commands = {
-    "prepare": run_prepare,
-    "inspect": run_inspect,
-    "verify": run_verify,
-    "check": run_check,
-  }
-  if len(argv) < 2 or argv[1] not in commands:
-    raise app.UsageError(f"expected one of the commands {', '.join(commands)}; got {argv[1:]}")
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs a command; its exit status."""
+  options = _parser().parse_args(arguments)
   try:
-    status = commands[argv[1]](argv[2:])
+    return options.run(options) or 0
   except (ValueError, OSError, ImportError, RuntimeError) as error:
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    return 1
   except KeyboardInterrupt:
-    sys.exit(130)
-  sys.exit(status or 0)
+    return 130
 
 
-def run_prepare(arguments: Sequence[str]):
-  if arguments or not FLAGS.target:
-    raise app.UsageError(f"prepare takes --source=... and --target=..., got {list(arguments)}")
+def _parser() -> argparse.ArgumentParser:
+  # Not absl's flags: each command has its own, and they are not the process's.
+  parser = argparse.ArgumentParser(
+    prog="python -m lladax.data",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  commands = parser.add_subparsers(required=True, metavar="command")
+  _prepare_options(commands)
+
+  inspect = commands.add_parser("inspect", help="Show a prepared folder and some of its rows.")
+  inspect.add_argument("folder", type=pathlib.Path)
+  inspect.add_argument("--rows", type=int, default=3, help="How many rows.")
+  inspect.add_argument("--side", choices=SIDES, default="train", help="Which rows.")
+  inspect.set_defaults(run=run_inspect)
+
+  check = commands.add_parser("verify", help="Read all of a prepared folder; status 1 if damaged.")
+  check.add_argument("folder", type=pathlib.Path)
+  _process_options(check)
+  check.set_defaults(run=run_verify)
+
+  check = commands.add_parser("check", help="Read files of conversations or preference pairs.")
+  check.add_argument("files", nargs="+")
+  check.set_defaults(run=run_check)
+  return parser
+
+
+def _prepare_options(commands):
+  parser = commands.add_parser(
+    "prepare",
+    help="Make packed rows of text, or go on with it.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  parser.set_defaults(run=run_prepare)
+
+  def option(name: str, help: str, **more):
+    more.setdefault("default", getattr(_USUAL, name.lstrip("-"), None))
+    parser.add_argument(name, help=help, **more)
+
+  option(
+    "--source",
+    "File, pattern or folder (JSON Lines, Parquet, ArrayRecord, text; .gz and .zst of JSON Lines "
+    "and text), hf:<id>, shakespeare or python. May be repeated.",
+    action="append",
+    required=True,
+  )
+  option("--target", "Folder to make, or to finish.", required=True)
+  option(
+    "--tokenizer",
+    "bytes, bpe:<vocabulary>, a tokenizer.json or its folder, or the workdir of a run.",
+  )
+  option("--length", "Tokens in a row.", type=int)
+  option("--heldout", "Fraction of the documents that is held out.", type=float)
+  option("--split_seed", "Chooses the held-out documents.", type=int)
+  option(
+    "--packing",
+    "stream: end to end, cut every row. best_fit: nothing is cut that fits a row; more padding.",
+    choices=list(PACKINGS),
+    default="stream",
+  )
+  option("--text_field", "Field of JSON objects and tables that holds the text.", default="text")
+  option("--separator", "Cuts text files into documents, e.g. $'\\n\\n'.")
+  option("--records", "What an ArrayRecord record is.", choices=["json", "text"], default="json")
+  for name in ("mask", "eos", "pad"):
+    option(f"--{name}_token", "Its name in tokenizer.json, where it is unusual.")
+  option("--tokenizer_sample", "Characters on which a BPE is trained.", type=int)
+  option("--unit_bytes", "Size of a unit of work, about; also of a shard.", type=int)
+  _process_options(parser)
+
+
+def _process_options(parser: argparse.ArgumentParser):
+  parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes.")
+  parser.add_argument(
+    "--progress",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="Say how far the work is.",
+  )
+
+
+def run_prepare(options: argparse.Namespace):
   names = ("tokenizer", "length", "heldout", "split_seed", "mask_token", "eos_token", "pad_token",
            "tokenizer_sample", "unit_bytes")  # fmt: skip
   recipe = Recipe(
-    sources=tuple(FLAGS.source),
-    packing=PACKINGS[FLAGS.packing],
-    reading=Reading(text_field=FLAGS.text_field, separator=FLAGS.separator, records=FLAGS.records),
-    **{name: getattr(FLAGS, name) for name in names},
+    sources=tuple(options.source),
+    packing=PACKINGS[options.packing],
+    reading=Reading(
+      text_field=options.text_field, separator=options.separator, records=options.records
+    ),
+    **{name: getattr(options, name) for name in names},
   )
-  shown = ProgressBar() if sys.stderr.isatty() else ProgressLines()
+  shown = _shown(options)
   try:
-    manifest = prepare(
-      recipe, FLAGS.target, workers=FLAGS.workers, show=shown if FLAGS.progress else shown.remember
-    )
+    manifest = prepare(recipe, options.target, workers=options.workers, show=shown)
   finally:
     shown.close()
   last = shown.last
@@ -110,30 +144,28 @@ def run_prepare(arguments: Sequence[str]):
   rows, padding = manifest.total("rows", "train"), manifest.total("padding", "train")
   heldout = manifest.total("documents", "heldout")
   print(
-    f"{FLAGS.target}: {rows:,} rows of {manifest.length} to train on, "
+    f"{options.target}: {rows:,} rows of {manifest.length} to train on, "
     f"{padding / (rows * manifest.length):.2%} of them padding; {heldout:,} documents held out"
   )
   if recipe.heldout and not heldout:
     print("no document is held out: there are too few for this --heldout")
 
 
-def run_inspect(arguments: Sequence[str]):
-  print("\n".join(describe(_folder(arguments), rows=FLAGS.rows, side=FLAGS.side)))
+def run_inspect(options: argparse.Namespace):
+  print("\n".join(describe(options.folder.expanduser(), rows=options.rows, side=options.side)))
 
 
-def run_verify(arguments: Sequence[str]) -> int:
-  folder = _folder(arguments)
+def run_verify(options: argparse.Namespace) -> int:
+  folder = options.folder.expanduser()
   size = sum(shard.size for side in SIDES for shard in getattr(read_manifest(folder), side))
   # Processes take seconds to start.
-  workers = FLAGS.workers if size > 1 << 30 else 1
-  shown = ProgressBar() if sys.stderr.isatty() else ProgressLines()
-  started = time.monotonic()
+  workers = options.workers if size > 1 << 30 else 1
+  shown, started = _shown(options), time.monotonic()
 
   def show(done: int, total: int):
-    if FLAGS.progress:
-      seconds = time.monotonic() - started
-      shown(Progress(stage="verify", done=done, total=total, tokens=0, seconds=seconds,
-                     workers=workers))  # fmt: skip
+    seconds = time.monotonic() - started
+    shown(Progress(stage="verify", done=done, total=total, tokens=0, seconds=seconds,
+                   workers=workers))  # fmt: skip
 
   try:
     problems = verify(folder, workers=workers, show=show)
@@ -145,19 +177,11 @@ def run_verify(arguments: Sequence[str]) -> int:
   return 1 if problems else 0
 
 
-def run_check(arguments: Sequence[str]):
+def run_check(options: argparse.Namespace):
   from lladax.data.conversations import check_conversations
 
-  if not arguments:
-    raise app.UsageError("check takes files of conversations")
-  counts = check_conversations(list(arguments))
+  counts = check_conversations(options.files)
   print(", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
-
-
-def _folder(arguments: Sequence[str]) -> pathlib.Path:
-  if len(arguments) != 1:
-    raise app.UsageError(f"expected one prepared folder, got {list(arguments)}")
-  return pathlib.Path(arguments[0]).expanduser()
 
 
 # --- Progress ---
@@ -170,21 +194,29 @@ _STAGES = {
 }
 
 
+def _shown(options: argparse.Namespace) -> ProgressLines:
+  if not options.progress:
+    return ProgressLines(every=float("inf"))
+  return ProgressBar() if sys.stderr.isatty() else ProgressLines()
+
+
 class ProgressLines:
-  """A line every ten seconds, for logs."""
+  """A line every so many seconds, for logs.
 
-  def __init__(self):
+  Attributes:
+    last: what was told last.
+  """
+
+  def __init__(self, every: float = 10):
     self.last: Progress | None = None
-    self._next = time.monotonic() + 10
-
-  def remember(self, progress: Progress):
-    self.last = progress
+    self._every = every
+    self._next = time.monotonic() + every
 
   def __call__(self, progress: Progress):
     self.last = progress
     if time.monotonic() < self._next:
       return
-    self._next = time.monotonic() + 10
+    self._next = time.monotonic() + self._every
     share = f" {progress.done / progress.total:.1%}" if progress.total else ""
     rate = f", {progress.tokens_per_second_per_core:,.0f} tokens/s per core"
     print(
@@ -239,4 +271,4 @@ class ProgressBar(ProgressLines):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

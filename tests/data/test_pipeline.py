@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from lladax.config import from_json, to_json
 from lladax.data import text
 from lladax.data.pipeline import load_data
 from lladax.data.text import DataConfig, TextData, tokenize
@@ -345,3 +346,8 @@ def test_real_rows_of_a_real_tokenizer_never_leak_padding():
   for batch in batches(config, rows, count=20):
     assert not batch.maskable[batch.segment_ids == 0].any()
     assert (batch.tokens[batch.segment_ids == 0] == PAD).all()
+
+
+def test_configs_that_were_saved_before_the_class_moved():
+  saved = to_json(CONFIG).replace("lladax.data.text:", "lladax.data.pipeline:")
+  assert "lladax.data.pipeline:DataConfig" in saved and from_json(saved) == CONFIG

@@ -5,7 +5,7 @@ text of the problems is prepared as packed rows of two lengths; `pretrain` reads
 `extend` goes on with rows of 128 and a larger rotary base, `sft` learns to answer in a chat template.
 Each stage starts from the one before. None of the held-out problems is in the training text.
 
-  pip install -e '.[demo,hub,reasoning]'
+  pip install -e '.[hub,reasoning]'
   python -m experiments.reasoning_data --target=data/reasoning --tasks=gsm_short --train=40000
   for length in 64 128; do python -m lladax.data prepare --source=data/reasoning/text.jsonl \\
     --tokenizer=data/reasoning/tokenizer --length=$length --target=data/reasoning/$length; done

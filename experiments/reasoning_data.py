@@ -54,6 +54,8 @@ TASKS = {
   "gsm_symbolic": Task("gsm_symbolic"),
   # Six of them in two short steps of small numbers: ages, marbles, tea, bread, peaches, almonds.
   "gsm_short": Task("gsm_symbolic", templates=(10, 20, 31, 43, 48, 58)),
+  # Three of them whose numbers stay below 40: peaches, marbles, bricks.
+  "gsm_easy": Task("gsm_symbolic", templates=(31, 43, 72)),
   "sums": Task("chain_sum", {"max_terms": 2, "max_digits": 2}),
   "reverse": Task("spell_backward", {"min_word_len": 3, "max_word_len": 5}),
   "letters": Task("letter_counting", {"min_words": 1, "max_words": 3}),

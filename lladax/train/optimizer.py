@@ -66,7 +66,8 @@ class Muon(UpdateRule):
   Matrices are the projections of attention, feed-forward layers and experts: each layer's and each
   expert's own is orthogonalised, the heads of a projection together, gate and up of an expert
   apart. Embedding, head, router, norms and biases are not. Momentum takes half the memory of
-  AdamW's moments.
+  AdamW's moments. Its operations do not grow with the batch: a step of `proxy_25m` with 16 rows of
+  256 took 1.7 times as long as with AdamW (float32, 2-core AVX-512 machine, not idle).
 
   Attributes:
     beta: decay rate of the momentum.

@@ -140,7 +140,9 @@ def test_a_trace_has_the_steps_that_were_asked_for(corpus, tmp_path):
   (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
   assert trace.stat().st_size > 1000
   record = read_records(tmp_path)[-1]
-  assert record[f"epoch/{pathlib.Path(corpus).name}"] == pytest.approx(6 * 16 / len(run.data.train_rows))
+  assert record[f"epoch/{pathlib.Path(corpus).name}"] == pytest.approx(
+    6 * 16 / len(run.data.train_rows)
+  )
   assert record["tflops_per_second_per_device"] > 0 and "mfu" not in record
 
 

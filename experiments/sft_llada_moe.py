@@ -131,7 +131,9 @@ def train(cfg: Experiment, workdir: pathlib.Path):
   with open_run(cfg, workdir) as run:
     bound = heldout_bound(run.config.model, run.data, run.mesh, mc_num=2, max_batches=2)
     evaluate = every(
-      cfg.eval_every, lambda step, state: run.metrics.write(step, bound(state.params)), at_end=True
+      cfg.eval_every,
+      lambda step, state: run.metrics.write(step, bound(run.weights(state))),
+      at_end=True,
     )
     train_run(run, hooks=[evaluate])
 

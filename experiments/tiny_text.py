@@ -71,7 +71,9 @@ def train(cfg: Experiment, workdir: pathlib.Path):
     # A glance while it trains; `evaluate` scores all of the held-out text.
     bound = heldout_bound(run.config.model, run.data, run.mesh, mc_num=2, max_batches=3)
     glance = every(
-      cfg.eval_every, lambda step, state: run.metrics.write(step, bound(state.params)), at_end=True
+      cfg.eval_every,
+      lambda step, state: run.metrics.write(step, bound(run.weights(state))),
+      at_end=True,
     )
     train_run(run, hooks=[glance])
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pathlib
 from collections.abc import Mapping
 from dataclasses import replace
 
+import flax.linen as nn
 import jax
 
 from lladax import hub
@@ -15,10 +17,12 @@ from lladax.data import Tokenizer, load_tokenizer
 from lladax.hub.load import shardings_of, tree_of
 from lladax.model import Model
 from lladax.models import ModelConfig, abstract_params, init_params
-from lladax.sharding import MeshConfig, make_mesh
-from lladax.train import load_params
+from lladax.sharding import MeshConfig, make_mesh, param_shardings
+from lladax.train import CheckpointError, load_params
+from lladax.tune import LoraConfig, init_adapters, merge
 
 TOKENIZER_FILES = "tokenizer"  # name of the tokenizer's files within a checkpoint
+START_FILE = "start.json"  # what a run began with, in its workdir
 
 
 def init(config: ModelConfig, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> Model:
@@ -95,14 +99,20 @@ def _from_run(path: str | os.PathLike, mesh, dtype: str | None) -> Model:
   def config_of(saved) -> ModelConfig:
     return saved.model if dtype is None else replace(saved.model, dtype=dtype, param_dtype=dtype)
 
-  loaded = load_params(path, lambda saved: _placed(config_of(saved), mesh))
+  def abstract(saved):
+    return _placed(config_of(saved), mesh, saved.lora)
+
+  loaded = load_params(path, abstract)
   config, files = config_of(loaded.config), loaded.files(TOKENIZER_FILES)
+  params, lora = loaded.params, loaded.config.lora
+  if lora is not None:
+    params = merge(config, lora, _base_of(loaded.path, mesh, config), params)
   tokenizer = load_tokenizer(files)
   conversation = hub.read_chat(files, tokenizer)
   stop_ids = () if conversation is None else (conversation.end_of_turn_id,)
   return Model(
     config=config,
-    params=loaded.params,
+    params=params,
     tokenizer=tokenizer,
     sampler=loaded.config.sampler,
     conversation=conversation,
@@ -111,8 +121,29 @@ def _from_run(path: str | os.PathLike, mesh, dtype: str | None) -> Model:
   )
 
 
-def _placed(config: ModelConfig, mesh):
-  """Shapes, dtypes and shardings of the parameters."""
+def _base_of(checkpoint: pathlib.Path, mesh, config: ModelConfig):
+  """The weights that the adapters of a checkpoint are for: those that its run began with."""
+  start = json.loads((checkpoint.parent.parent / START_FILE).read_text())
+  base = start["checkpoint"] or start["source"]
+  if not pathlib.Path(base).exists() and start["checkpoint"]:
+    raise CheckpointError(
+      f"{checkpoint} has adapters only, and the weights that they are for, {base}, are gone"
+    )
+  return load(base, mesh=mesh, dtype=config.param_dtype, progress=False).params
+
+
+def _placed(config: ModelConfig, mesh, lora: LoraConfig | None = None):
+  """Shapes, dtypes and shardings of the parameters, or of their adapters."""
+  if lora is not None:
+    boxed = jax.eval_shape(functools.partial(init_adapters, config, lora), jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    plain = nn.meta.unbox(boxed)
+    shardings = (
+      jax.tree.map(lambda _: here, plain) if mesh is None else param_shardings(mesh, boxed)
+    )
+    return jax.tree.map(
+      lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), plain, shardings
+    )
   shardings = tree_of(config, shardings_of(config, mesh))
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

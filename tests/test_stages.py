@@ -12,6 +12,7 @@ from test_experiment import corpus, experiment, open_on_one_device, snapshot  # 
 
 import lladax
 from lladax.config import ConfigError
+from lladax.diffusion import Uniform
 from lladax.experiment import AtStep, Best, Experiment, Latest, Start, chosen, run_command, train
 from lladax.train import CheckpointError, Constant, OptimizerConfig, every, read_records
 
@@ -210,3 +211,22 @@ def test_all_stages_run_in_order_each_in_its_directory(tmp_path):
   )
   assert status == 0
   assert seen == [("toy/one", 3, f"{tmp_path}/one"), ("toy/two", 3, f"{tmp_path}/two")]
+
+
+def test_a_run_goes_on_with_code_that_has_a_new_field(corpus, tmp_path):  # noqa: F811
+  config = experiment(corpus, steps=3)
+  with open_on_one_device(config, tmp_path) as run:
+    train(run)
+  for path in (tmp_path / "config.json", tmp_path / "checkpoints" / "3" / "run" / "config.json"):
+    tree = json.loads(path.read_text())
+    assert "guard" in tree
+    del tree["guard"], tree["objective"]["times"]
+    path.write_text(json.dumps(tree))
+  with open_on_one_device(config, tmp_path) as run:
+    assert int(run.state.step) == 3
+  other = dataclasses.replace(
+    config, objective=dataclasses.replace(config.objective, times=Uniform())
+  )
+  with pytest.raises(ConfigError, match="objective.times"):
+    with open_on_one_device(other, tmp_path):
+      pytest.fail("opened")

@@ -11,6 +11,7 @@ from lladax.infer import SamplerConfig
 from lladax.models import ModelConfig
 from lladax.sharding import MeshConfig
 from lladax.train import GuardConfig, OptimizerConfig, make_optimizer
+from lladax.tune import LoraConfig
 
 # A run may be resumed with other values of these: they change neither its noise nor its data nor
 # its mathematics but for rounding, or (steps) say how long it goes on.
@@ -35,6 +36,7 @@ class Experiment:
     sampler: how the trained model decodes unless told otherwise.
     mesh: devices by axis.
     start: another run, or released weights, to begin with; None: fresh parameters.
+    lora: train adapters of the weights of `start`, and leave those as they are; None: train all.
     seed: of the parameters and of the noise; the order of the data has its own.
     steps: length of the run.
     microbatches: parts of the batch that go through the network one after the other.
@@ -61,6 +63,7 @@ class Experiment:
   sampler: SamplerConfig = SamplerConfig()
   mesh: MeshConfig = MeshConfig()
   start: Start | None = None
+  lora: LoraConfig | None = None
   seed: int = 0
   steps: int = 1000
   microbatches: int = 1
@@ -90,6 +93,8 @@ class Experiment:
         f"data.length {self.data.length} is longer than the model's context, "
         f"model.max_position_embeddings {self.model.max_position_embeddings}"
       )
+    if self.lora is not None and self.start is None:
+      raise ValueError("lora adapts the weights of a start; say which with start=Start(path=...)")
     if self.on_drift not in ("warn", "stop"):
       raise ValueError(f"on_drift is 'warn' or 'stop'; got {self.on_drift!r}")
     if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -25,6 +26,7 @@ from lladax.experiment.start import (
   find_origin,
   origin_tokenizer,
   read_origin,
+  read_weights,
   write_origin,
 )
 from lladax.models import abstract_params, init_variables
@@ -57,6 +59,7 @@ from lladax.train import (
 from lladax.train.checkpoint import require_same_config
 from lladax.train.loop import Hook, Reader, TrainStep, place
 from lladax.train.profile import Trace
+from lladax.tune import attach, init_adapters, make_lora_step
 
 # The tokenizer settles these, after the config was written.
 SPECIAL_IDS = ("mask_token_id", "eos_token_id", "pad_token_id")
@@ -77,6 +80,7 @@ class Run:
     metrics: writes records: `run.metrics.write(step, {"heldout/bits": 1.5})`.
     checkpoints: of this run.
     readers: of the metrics of every step, besides `metrics`: the watch over the noise, and guards.
+    base: the weights that adapters are for (`config.lora`), which stay; else None.
   """
 
   config: Experiment
@@ -88,6 +92,13 @@ class Run:
   metrics: Metrics
   checkpoints: Checkpoints
   readers: tuple[Reader, ...] = ()
+  base: Any = None
+
+  def weights(self, state: TrainState) -> Any:
+    """Parameters for whatever takes them, such as `heldout_bound`: of a state, on their base."""
+    if self.config.lora is None:
+      return state.params
+    return attach(self.config.model, self.config.lora, self.base, state.params)
 
 
 @contextlib.contextmanager
@@ -120,12 +131,14 @@ def open_run(config: Experiment, workdir: str | os.PathLike) -> Iterator[Run]:
   guard = SpikeGuard(config.guard or GuardConfig(spike=None))
   iterators = {"data": batches, "metrics": metrics, "noise": noise, "guard": guard}
   with use_mesh(mesh), metrics, _checkpoints(config, workdir, data, iterators) as checkpoints:
+    state, base = restore_or_start(config, mesh, checkpoints, batches, origin)
     yield Run(
       config=config,
       workdir=workdir,
       data=data,
       mesh=mesh,
-      state=restore_or_start(config, mesh, checkpoints, batches, origin),
+      state=state,
+      base=base,
       batches=batches,
       metrics=metrics,
       checkpoints=checkpoints,
@@ -179,7 +192,7 @@ def train(run: Run, hooks: Sequence[Hook] = ()) -> TrainState:
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state
   )
-  step = train_step(run.config, state_shardings(run.state))
+  step = train_step(run.config, state_shardings(run.state), run.base)
   while True:
     try:
       return _train(run, step, hooks)
@@ -234,43 +247,53 @@ def restore_or_start(
   checkpoints: Checkpoints,
   batches: TrainIterator,
   origin: Origin | None = None,
-) -> TrainState:
-  """The newest whole checkpoint, else the origin of the run, else fresh parameters.
+) -> tuple[TrainState, Any]:
+  """(the newest whole checkpoint, else what the run begins with; the weights under its adapters).
 
   Within `use_mesh(mesh)`. `batches` is set to where the state is.
   """
   optimizer = make_optimizer(config.optimizer, config.steps)
-
-  def init_params(key):
-    return init_variables(config.model, key)["params"]
-
-  abstract = abstract_state(init_params, optimizer, mesh)
+  base, init = None, lambda key: init_variables(config.model, key)["params"]
+  abstract = abstract_state(init, optimizer, mesh)
+  if config.lora is not None:
+    base = read_weights(origin, abstract.params, config.model)
+    init = functools.partial(init_adapters, config.model, config.lora)
+    abstract = abstract_state(init, optimizer, mesh)
   restored = checkpoints.restore(abstract)
   if restored is not None:
     rollbacks = read_rollbacks(checkpoints.directory.parent)
     if rollbacks and rollbacks[-1].to == int(restored.step):
       # Killed after it was set back to this checkpoint, and before the next one.
       _skip_to(batches, rollbacks[-1].next_batch)
-    return restored
-  if origin is None:
-    return init_state(init_params, optimizer, config.seed, mesh)
-  position = data_position(origin, config.start)
+    return restored, base
+  position = None if origin is None else data_position(origin, config.start)
   if position is not None:
     batches.continue_after(position)
-  return read_origin(origin, config.start, optimizer, abstract, config.model)
+  if origin is None or base is not None:
+    return init_state(init, optimizer, config.seed, mesh), base
+  return read_origin(origin, config.start, optimizer, abstract, config.model), None
 
 
-def train_step(config: Experiment, shardings: TrainState | None = None):
-  """The jitted step `(state, batch) -> (state, metrics)` of this experiment."""
-  return make_diffusion_step(
-    config.model,
-    config.objective,
-    make_optimizer(config.optimizer, config.steps),
-    seed=config.seed,
-    microbatches=config.microbatches,
-    learning_rate=learning_rate(config.optimizer, config.steps),
-    shardings=shardings,
-  )
+def train_step(
+  config: Experiment, shardings: TrainState | None = None, base: Any = None
+) -> TrainStep:
+  """The jitted step `(state, batch) -> (state, metrics)` of this experiment.
+
+  Args:
+    shardings: of the state, see `lladax.train.state_shardings`.
+    base: the weights that adapters are for, where `config.lora` is given.
+  """
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  options = {
+    "seed": config.seed,
+    "microbatches": config.microbatches,
+    "learning_rate": learning_rate(config.optimizer, config.steps),
+    "shardings": shardings,
+  }
+  if config.lora is None:
+    return make_diffusion_step(config.model, config.objective, optimizer, **options)
+  step = make_lora_step(config.model, config.lora, config.objective, optimizer, **options)
+  return functools.partial(step, base)
 
 
 # --- Opening ---

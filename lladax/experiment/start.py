@@ -174,7 +174,7 @@ def find_origin(start: Start, workdir: epath.Path, model: ModelConfig) -> Origin
 def write_origin(origin: Origin, workdir: epath.Path):
   """Keeps the choice for a restart."""
   if jax.process_index() == 0 and not (workdir / START_FILE).exists():
-    checkpoint = None if origin.checkpoint is None else os.fspath(origin.checkpoint)
+    checkpoint = None if origin.checkpoint is None else os.fspath(origin.checkpoint.resolve())
     new = workdir / f"{START_FILE}.new"
     new.write_text(json.dumps({"source": os.fspath(origin.source), "checkpoint": checkpoint}))
     new.replace(workdir / START_FILE)
@@ -225,12 +225,9 @@ def read_origin(
     CheckpointError: if the origin holds other arrays than the state has, or is damaged.
     ConfigError: if released weights are of another architecture.
   """
-  if origin.checkpoint is None:
-    return state_from(_released(origin.source, abstract.params, model), optimizer, abstract)
+  if origin.checkpoint is None or start.optimizer == "reset":
+    return state_from(read_weights(origin, abstract.params, model), optimizer, abstract)
   logging.info("starting from %s", origin.checkpoint)
-  if start.optimizer == "reset":
-    params = load_params(origin.checkpoint, lambda _: abstract.params).params
-    return state_from(params, optimizer, abstract)
   try:
     saved = read_train_state(origin.checkpoint, abstract)
   except CheckpointError as error:
@@ -240,6 +237,19 @@ def read_origin(
     for name in ("step", "skipped_in_a_row", "skipped_total")
   }
   return dataclasses.replace(saved, opt_state=_from_the_first_step(saved.opt_state), **zero)
+
+
+def read_weights(origin: Origin, abstract, model: ModelConfig) -> Any:
+  """The parameters of the origin, placed and typed as in `abstract`.
+
+  Raises:
+    CheckpointError: if it holds other arrays, or is damaged.
+    ConfigError: if released weights are of another architecture.
+  """
+  logging.info("starting from %s", origin.checkpoint or origin.source)
+  if origin.checkpoint is None:
+    return _released(origin.source, abstract, model)
+  return load_params(origin.checkpoint, lambda _: abstract).params
 
 
 def _from_the_first_step(opt_state):

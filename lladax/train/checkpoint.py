@@ -7,6 +7,7 @@ arrays.json and whatever the run adds, such as its tokenizer).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -261,6 +262,9 @@ def require_same_config(saved, config, where: epath.PathLike, *, may_differ: Col
     ConfigError: one line that lists the fields that differ, `may_differ` and below left out.
   """
   allowed = tuple(may_differ)
+  with contextlib.suppress(ConfigError):  # a class or field that is no more: compared as it stands
+    # Fields that are newer than what was saved have their defaults.
+    saved = config_lib.from_json(json.dumps(saved)) if isinstance(saved, dict) else saved
   different = [
     line
     for line in config_lib.diff(saved, config)

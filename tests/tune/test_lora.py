@@ -42,6 +42,7 @@ LORA = LoraConfig(rank=3, alpha=6.0)
 TOKENS = np.random.default_rng(0).integers(0, 60, (8, 16)).astype(np.int32)
 
 
+@functools.cache
 def base_params(model=MODEL):
   return jax.jit(functools.partial(init_params, model))(jax.random.key(0))
 
@@ -93,7 +94,9 @@ def test_nothing_changes_while_b_is_zero():
   np.testing.assert_array_equal(logits(attached), logits(base))
 
 
-@pytest.mark.parametrize("share_experts, remat", [(False, "full"), (True, "none")])
+@pytest.mark.parametrize(
+  "share_experts, remat", [(False, "full"), pytest.param(True, "none", marks=pytest.mark.slow)]
+)
 def test_merged_is_unmerged(share_experts, remat):
   lora = dataclasses.replace(LORA, share_experts=share_experts)
   model = dataclasses.replace(MODEL, remat=remat)
@@ -169,13 +172,14 @@ def test_only_adapters_learn():
   assert float(metrics.means()["grad_norm"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "sizes, exchange",
   [
+    ({"data": 8}, Fsdp()),
     ({"data": 2, "fsdp": 2, "tensor": 2}, Fsdp()),
-    pytest.param({"data": 8}, Fsdp(), marks=pytest.mark.slow),
-    pytest.param({"data": 2, "expert": 2, "context": 2}, Ring(), marks=pytest.mark.slow),
-    pytest.param({"data": 1, "expert": 4}, AllToAll(), marks=pytest.mark.slow),
+    ({"data": 2, "expert": 2, "context": 2}, Ring()),
+    ({"data": 1, "expert": 4}, AllToAll()),
   ],
 )
 def test_sharded_is_unsharded(sizes, exchange):

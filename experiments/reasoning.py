@@ -1,12 +1,12 @@
 """From text to a model that answers: two stages of pre-training, fine-tuning, and a score, on a CPU.
 
-Grade-school problems of reasoning-gym's `gsm_symbolic` in two short steps, with worked answers. The
+Grade-school problems of reasoning-gym's `gsm_symbolic` with small numbers and worked answers. The
 text of the problems is prepared as packed rows of two lengths; `pretrain` reads rows of 64 tokens,
 `extend` goes on with rows of 128 and a larger rotary base, `sft` learns to answer in a chat template.
 Each stage starts from the one before. None of the held-out problems is in the training text.
 
   pip install -e '.[hub,reasoning]'
-  python -m experiments.reasoning_data --target=data/reasoning --tasks=gsm_short --train=40000
+  python -m experiments.reasoning_data --target=data/reasoning --tasks=gsm_easy --train=20000
   for length in 64 128; do python -m lladax.data prepare --source=data/reasoning/text.jsonl \\
     --tokenizer=data/reasoning/tokenizer --length=$length --target=data/reasoning/$length; done
   python -m experiments.reasoning --config=all --workdir=runs/reasoning
@@ -76,10 +76,10 @@ def pretrain() -> Experiment:
     objective=Objective(times=Antithetic(), weight=Unweighted()),
     optimizer=OptimizerConfig(peak=4e-3, schedule=Wsd(warmup=50, decay_fraction=0.2, final=0.25)),
     sampler=SamplerConfig(gen_length=64, steps=64, block_length=64),
-    steps=1500,
+    steps=2400,
     log_every=10,
-    eval_every=250,
-    save_every=250,
+    eval_every=300,
+    save_every=300,
   )
 
 
@@ -91,7 +91,7 @@ def extend(before: Experiment) -> Experiment:
     model=dataclasses.replace(before.model, max_position_embeddings=192, rope_theta=50_000.0),
     data=PreparedConfig(sources=(Source(path=f"{DATA}/128"),), length=128, batch_size=8),
     optimizer=OptimizerConfig(peak=3e-3, schedule=Wsd(warmup=20, decay_fraction=0.4)),
-    steps=1500,
+    steps=1200,
     seed=1,
   )
 
@@ -112,7 +112,7 @@ def sft(before: Experiment) -> Experiment:
     ),
     objective=dataclasses.replace(before.objective, normalize=ResponseLength()),
     optimizer=OptimizerConfig(peak=3e-3, schedule=Wsd(warmup=50, decay_fraction=0.5)),
-    steps=2000,
+    steps=1800,
     seed=2,
   )
 
@@ -131,6 +131,9 @@ def train(cfg: Experiment, workdir: pathlib.Path):
 
 def evaluate(cfg: Experiment, workdir: pathlib.Path):
   """Answers held-out problems, marks them and keeps them in `<workdir>/answers.jsonl`."""
+  if cfg.model.max_position_embeddings < 2 * cfg.sampler.gen_length:
+    print(f"{cfg.name} reads rows too short to answer in")
+    return
   held = list(read_conversations(f"{DATA}/heldout.jsonl"))[:SCORED]
   model = load(workdir)
   answers = answer(model, [conversation.messages[0].content for conversation in held])
@@ -160,9 +163,6 @@ def answer(model: Model, questions: list[str]) -> list[str]:
     prompts = [model.conversation.encode([{"role": "user", "content": q}]) for q in questions]
   else:
     prompts = [model.tokenizer.encode(f"{question}\n") for question in questions]
-  # A prompt that leaves too little room is a wrong answer: it is cut, and cannot be right.
-  room = model.config.max_position_embeddings - model.sampler.gen_length
-  prompts = [prompt[-max(room, 1) :] for prompt in prompts]
   return [model.decode(row) for row in model.generate_tokens(prompts).answers]
 
 

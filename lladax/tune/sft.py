@@ -180,7 +180,7 @@ class ConversationData(Data):
     names = config.conversations
     return Mixture([
       Part(
-        name=names if isinstance(names, str) else "+".join(names),
+        name="+".join(pathlib.PurePath(n).name for n in ([names] if isinstance(names, str) else names)),
         key=content.hexdigest()[:16],
         size=size,
         order_seed=order_seed(config.seed),

@@ -26,12 +26,12 @@ import pathlib
 
 from lladax.data import DataConfig, PreparedConfig, Source
 from lladax.diffusion import Objective
-from lladax.experiment import Best, Experiment, Start, main, open_run
+from lladax.experiment import Best, Experiment, Start, heldout_hook, main, open_run
 from lladax.experiment import train as train_run
 from lladax.infer import SamplerConfig
 from lladax.models import llada_moe_7b_a1b, tiny
 from lladax.sharding import MeshConfig
-from lladax.train import Constant, CosineDecay, OptimizerConfig, every, heldout_bound
+from lladax.train import Constant, CosineDecay, OptimizerConfig
 
 STAGES = ("pretrain_1", "pretrain_2", "anneal_1", "anneal_2")
 TOKENS = {"pretrain_1": 10e12, "pretrain_2": 10e12, "anneal_1": 500e9, "anneal_2": 500e9}
@@ -173,14 +173,7 @@ def toy(whole: Experiment, stage: str) -> Experiment:
 
 def train(cfg: Experiment, workdir: pathlib.Path):
   with open_run(cfg, workdir) as run:
-    # A fixed part of the held-out text, the same at every evaluation.
-    bound = heldout_bound(run.config.model, run.data, run.mesh, mc_num=2, max_batches=2)
-    evaluate = every(
-      cfg.eval_every,
-      lambda step, state: run.metrics.write(step, bound(run.weights(state))),
-      at_end=True,
-    )
-    train_run(run, hooks=[evaluate])
+    train_run(run, [heldout_hook(run)])
 
 
 if __name__ == "__main__":

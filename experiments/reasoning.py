@@ -30,14 +30,14 @@ from lladax import host
 from lladax.data import PreparedConfig, Source
 from lladax.data.conversations import read_conversations
 from lladax.diffusion import Antithetic, Objective, ResponseLength, Unweighted
-from lladax.experiment import Experiment, Start, main, open_run
+from lladax.experiment import Experiment, Start, heldout_hook, main, open_run
 from lladax.experiment import train as train_run
 from lladax.infer import SamplerConfig
 from lladax.loading import load
 from lladax.model import Model
 from lladax.models import tiny
 from lladax.moe import MoEConfig
-from lladax.train import OptimizerConfig, Wsd, every, heldout_bound
+from lladax.train import OptimizerConfig, Wsd
 from lladax.tune import ConversationConfig
 
 STAGES = ("pretrain", "extend", "sft")
@@ -120,13 +120,7 @@ def sft(before: Experiment) -> Experiment:
 def train(cfg: Experiment, workdir: pathlib.Path):
   host.keep_memory()
   with open_run(cfg, workdir) as run:
-    bound = heldout_bound(run.config.model, run.data, run.mesh, mc_num=4, max_batches=8)
-    glance = every(
-      cfg.eval_every,
-      lambda step, state: run.metrics.write(step, bound(run.weights(state))),
-      at_end=True,
-    )
-    train_run(run, hooks=[glance])
+    train_run(run, [heldout_hook(run, mc_num=4, max_batches=8)])
 
 
 def evaluate(cfg: Experiment, workdir: pathlib.Path):

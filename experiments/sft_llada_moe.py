@@ -25,13 +25,12 @@ import dataclasses
 import pathlib
 
 from lladax.diffusion import Objective, ResponseLength
-from lladax.experiment import Experiment, Start, main, open_run
+from lladax.experiment import Experiment, Start, heldout_hook, main, open_run
 from lladax.experiment import train as train_run
 from lladax.infer import SamplerConfig
 from lladax.models import llada_moe_7b_a1b, tiny
 from lladax.sharding import MeshConfig
-from lladax.train import OptimizerConfig, Wsd, every
-from lladax.train.heldout import heldout_bound
+from lladax.train import OptimizerConfig, Wsd
 from lladax.tune import ConversationConfig
 
 STAGES = ("sft", "sft_packed")
@@ -129,13 +128,7 @@ def toy(whole: Experiment, stage: str) -> Experiment:
 
 def train(cfg: Experiment, workdir: pathlib.Path):
   with open_run(cfg, workdir) as run:
-    bound = heldout_bound(run.config.model, run.data, run.mesh, mc_num=2, max_batches=2)
-    evaluate = every(
-      cfg.eval_every,
-      lambda step, state: run.metrics.write(step, bound(run.weights(state))),
-      at_end=True,
-    )
-    train_run(run, hooks=[evaluate])
+    train_run(run, [heldout_hook(run)])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from rich.table import Table
 from lladax import host
 from lladax.data import Data, DataConfig, load_data
 from lladax.diffusion import Antithetic, Objective, Unweighted
-from lladax.experiment import Experiment, main, open_run
+from lladax.experiment import Experiment, heldout_hook, main, open_run
 from lladax.experiment import train as train_run
 from lladax.infer import Random, SamplerConfig, view
 from lladax.loading import load
@@ -32,7 +32,7 @@ from lladax.model import Model
 from lladax.models import count_parameters, tiny
 from lladax.moe import MoEConfig
 from lladax.sharding import make_mesh, use_mesh
-from lladax.train import OptimizerConfig, Wsd, every, read_records
+from lladax.train import OptimizerConfig, Wsd, read_records
 from lladax.train.heldout import heldout_bound
 
 BOUND = "heldout/bits_per_byte"
@@ -69,13 +69,7 @@ def train(cfg: Experiment, workdir: pathlib.Path):
   host.keep_memory()
   with open_run(cfg, workdir) as run:
     # A glance while it trains; `evaluate` scores all of the held-out text.
-    bound = heldout_bound(run.config.model, run.data, run.mesh, mc_num=2, max_batches=3)
-    glance = every(
-      cfg.eval_every,
-      lambda step, state: run.metrics.write(step, bound(run.weights(state))),
-      at_end=True,
-    )
-    train_run(run, hooks=[glance])
+    train_run(run, [heldout_hook(run, max_batches=3)])
 
 
 def evaluate(cfg: Experiment, workdir: pathlib.Path):

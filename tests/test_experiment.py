@@ -19,7 +19,14 @@ import pytest
 import lladax
 from lladax.config import ConfigError, from_json, override, to_json
 from lladax.data import DataConfig
-from lladax.experiment import Experiment, open_run, run_command, train, with_special_ids
+from lladax.experiment import (
+  Experiment,
+  heldout_hook,
+  open_run,
+  run_command,
+  train,
+  with_special_ids,
+)
 from lladax.infer import SamplerConfig
 from lladax.models import tiny
 from lladax.moe import MoEConfig, Ring
@@ -321,3 +328,12 @@ def test_a_mesh_that_the_model_does_not_fit(corpus, tmp_path, model, mesh, messa
   with pytest.raises(ConfigError, match=message), open_run(config, tmp_path / "run"):
     pass
   assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_held_out_text_is_trained_and_not_scored(corpus, tmp_path):
+  config = experiment(corpus, steps=3)
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout=0.0))
+  with open_on_one_device(config, tmp_path) as run:
+    train(run, [heldout_hook(run)])
+  records = read_records(tmp_path)
+  assert len(losses(tmp_path)) == 3 and not any("heldout/nll" in record for record in records)

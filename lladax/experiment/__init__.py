@@ -6,7 +6,7 @@ opens a run and trains it; `main(config, train)` makes a command of them.
 
 from lladax.experiment.command import chosen, main, run_command
 from lladax.experiment.config import Experiment
-from lladax.experiment.run import Run, open_run, train, train_step, with_special_ids
+from lladax.experiment.run import Run, heldout_hook, open_run, train, train_step, with_special_ids
 from lladax.experiment.start import AtStep, Best, Latest, Start
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
   "Run",
   "Start",
   "chosen",
+  "heldout_hook",
   "main",
   "open_run",
   "run_command",

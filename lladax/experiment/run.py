@@ -45,6 +45,7 @@ from lladax.train import (
   add_rollback,
   every,
   fit,
+  heldout_bound,
   init_state,
   learning_rate,
   make_diffusion_step,
@@ -201,6 +202,24 @@ def train(run: Run, hooks: Sequence[Hook] = ()) -> TrainState:
       if guard is None or (isinstance(alarm, NonFiniteError) and not guard.nonfinite):
         raise
       run = _set_back(run, alarm, abstract)
+
+
+def heldout_hook(run: Run, *, mc_num: int = 2, max_batches: int | None = 2) -> Hook:
+  """Every `eval_every` steps, and at the end, the bound on held-out text: a record, see
+  `lladax.train.heldout_bound`. By default of a part of the text, the same every time; where no text
+  is held out, nothing.
+  """
+  if not run.data.has_heldout:
+    logging.warning("no text is held out, so the run is not scored")
+    return every(run.config.eval_every, lambda step, state: None)
+  bound = heldout_bound(
+    run.config.model, run.data, run.mesh, mc_num=mc_num, max_batches=max_batches
+  )
+
+  def score(step: int, state: TrainState):
+    run.metrics.write(step, bound(run.weights(state)))
+
+  return every(run.config.eval_every, score, at_end=True)
 
 
 def _train(run: Run, step_function: TrainStep, hooks: Sequence[Hook]) -> TrainState:

@@ -55,8 +55,15 @@ def test_parameters_go_on_and_counters_begin(corpus, first, tmp_path):  # noqa: 
     np.testing.assert_array_equal(next(run.batches).tokens, first_batch.tokens)
 
 
-def test_moments_are_kept_where_one_says_so_and_the_schedule_begins(corpus, first, tmp_path):  # noqa: F811
-  workdir, state, _ = first
+def test_moments_are_kept_where_one_says_so_and_the_schedule_begins(
+  corpus,  # noqa: F811
+  first,
+  tmp_path,
+  monkeypatch,
+):
+  state = first[1]
+  monkeypatch.chdir(first[0].parent)
+  workdir = first[0].name  # relative to where the command is given
   warmup = OptimizerConfig(peak=1e-2, schedule=Constant(warmup=2))
   config = dataclasses.replace(
     second(corpus, path=str(workdir), optimizer="keep", data="restart"), optimizer=warmup

@@ -159,7 +159,8 @@ def find_origin(start: Start, workdir: epath.Path, model: ModelConfig) -> Origin
     return Origin(None if checkpoint is None else epath.Path(checkpoint), source)
   steps = saved_steps(source)
   if steps:
-    return Origin(source / "checkpoints" / str(start.checkpoint.choose(source, steps)), source)
+    chosen = start.checkpoint.choose(source, steps)
+    return Origin((source / "checkpoints" / str(chosen)).expanduser().resolve(), source)
   if start.stage is not None or (source / "checkpoints").exists():
     raise ConfigError(f"there is no checkpoint in {source} to start from; train it first")
   if start.optimizer == "keep":
@@ -174,7 +175,7 @@ def find_origin(start: Start, workdir: epath.Path, model: ModelConfig) -> Origin
 def write_origin(origin: Origin, workdir: epath.Path):
   """Keeps the choice for a restart."""
   if jax.process_index() == 0 and not (workdir / START_FILE).exists():
-    checkpoint = None if origin.checkpoint is None else os.fspath(origin.checkpoint.resolve())
+    checkpoint = None if origin.checkpoint is None else os.fspath(origin.checkpoint)
     new = workdir / f"{START_FILE}.new"
     new.write_text(json.dumps({"source": os.fspath(origin.source), "checkpoint": checkpoint}))
     new.replace(workdir / START_FILE)

@@ -4,6 +4,7 @@ JAX_PLATFORMS=cuda in the environment leaves the GPU to tests/kernels/test_on_gp
 """
 
 import os
+import tempfile
 
 import pytest
 
@@ -15,6 +16,11 @@ if "xla_backend_optimization_level" not in flags:
   # Most of a test's time is compilation.
   flags += " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = flags.strip()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  # Many tests compile the same step; the processes of one run of pytest share what they compiled.
+  compiled = tempfile.TemporaryDirectory(prefix="lladax_tests_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 @pytest.fixture(autouse=True)

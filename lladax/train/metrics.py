@@ -20,10 +20,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lladax.train import routing
+from lladax.train.spool import Spool
 from lladax.types import Sums
 
 RECORDS = "metrics.jsonl"
@@ -39,7 +41,7 @@ class Metrics:
   `get_state` and `set_state`), so that a restart in the middle of a window writes the same record.
 
   Args:
-    workdir: gets `metrics.jsonl` and `tensorboard/`.
+    workdir: gets `metrics.jsonl` and `tensorboard/`; a bucket gets them when a checkpoint is saved.
     steps: length of the run, for the time that is left.
     every: steps per record.
     tokens_per_step: of the global batch, for tokens/s.
@@ -66,7 +68,7 @@ class Metrics:
     self._rates = {"steps_per_second": 1, "tokens_per_second": tokens_per_step, **(rates or {})}
     self._also = also
     self._writes = jax.process_index() == 0
-    self._workdir = pathlib.Path(workdir)
+    self._spool = Spool(workdir)
     self._sums: dict[str, np.ndarray] = {}
     self._counts: dict[str, np.ndarray] = {}
     self._seconds, self._timed_steps = 0.0, 0
@@ -89,10 +91,12 @@ class Metrics:
     self._close_files()
     from tensorboardX import SummaryWriter
 
-    self._workdir.mkdir(parents=True, exist_ok=True)
-    drop_records_after(self._workdir / RECORDS, step)
-    self._records = open(self._workdir / RECORDS, "a", encoding="utf-8")
-    self._tensorboard = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1)
+    self._spool.fetch(RECORDS)
+    workdir = self._spool.local
+    workdir.mkdir(parents=True, exist_ok=True)
+    drop_records_after(workdir / RECORDS, step)
+    self._records = open(workdir / RECORDS, "a", encoding="utf-8")
+    self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
     if self._display:
       self._display.start(step)
 
@@ -106,6 +110,8 @@ class Metrics:
     for writer in (self._records, self._tensorboard):
       if writer is not None:
         writer.close()
+    if self._records is not None:
+      self._spool.push()
     self._records = self._tensorboard = None
 
   def __call__(self, step: int, metrics: Sums, seconds: float | None):
@@ -159,7 +165,9 @@ class Metrics:
     self._tensorboard.flush()
 
   def get_state(self) -> dict[str, dict[str, Any]]:
-    """The window that is open; exact as JSON."""
+    """The window that is open; exact as JSON. What was written is in the workdir then, a bucket too."""
+    if self._records is not None:
+      self._spool.push()
     parts = {"sums": self._sums, "counts": self._counts}
     return {
       key: {name: np.asarray(v).tolist() for name, v in d.items()} for key, d in parts.items()
@@ -175,7 +183,7 @@ class Metrics:
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """All whole records of a run, in order."""
-  path = pathlib.Path(workdir) / RECORDS
+  path = epath.Path(workdir) / RECORDS
   lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
   return [record for line in lines if (record := _parse(line)) is not None]
 
@@ -327,10 +335,11 @@ def write_run_record(workdir: str | os.PathLike):
     "num_devices": jax.device_count(),
     "num_processes": jax.process_count(),
   }
-  path = pathlib.Path(workdir)
-  path.mkdir(parents=True, exist_ok=True)
-  with open(path / "runs.jsonl", "a", encoding="utf-8") as file:
-    file.write(json.dumps(record) + "\n")
+  path = epath.Path(workdir) / "runs.jsonl"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # Whole and not appended to: a bucket does not append.
+  before = path.read_text() if path.exists() else ""
+  path.write_text(f"{before}{json.dumps(record)}\n")
 
 
 def git_revision() -> str | None:

@@ -130,6 +130,7 @@ def test_a_resumed_run_with_more_steps_has_the_losses_and_parameters_of_one_run(
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params)
 
 
+@pytest.mark.slow
 def test_eight_devices_and_microbatches_give_the_losses_of_one(trained, corpus, tmp_path):
   with open_run(experiment(corpus, microbatches=2, steps=3), tmp_path) as run:
     assert run.mesh.size == 8

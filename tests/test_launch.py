@@ -50,7 +50,7 @@ def stand_ins(tmp_path):
   """(folder of programs that only record how they are called, () -> their calls)."""
   folder, calls = tmp_path / "bin", tmp_path / "calls"
   folder.mkdir()
-  for name in (*CALLS.values(), "git", "pip", "pkill", "nohup", "srun", "scontrol"):
+  for name in (*CALLS.values(), "git", "pip", "pkill", "nohup", "sleep", "srun", "scontrol"):
     text = RECORDER.format(python=sys.executable, calls=str(calls))
     (folder / name).write_text(text)
     (folder / name).chmod(0o755)

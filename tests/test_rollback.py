@@ -138,11 +138,13 @@ def test_killed_in_the_middle_of_a_step_back_it_ends_the_same(
   assert read_rollbacks(tmp_path / "k") == whole[1]
 
 
+@pytest.mark.slow
 def test_without_a_guard_nothing_is_undone(corpus, tmp_path):  # noqa: F811
   run(corpus, tmp_path, bad={8}, guard=None)
   assert not (tmp_path / "rollbacks.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_it_ends_when_it_was_set_back_too_often(corpus, tmp_path):  # noqa: F811
   guard = dataclasses.replace(GUARD, skip=0, max_rollbacks=2)
   with pytest.raises(GuardError, match="set back 2 times already"):
@@ -188,6 +190,7 @@ def test_the_command_ends_with_status_one(corpus, tmp_path, capsys):  # noqa: F8
   assert status == 1 and capsys.readouterr().err == "error: set back too often\n"
 
 
+@pytest.mark.slow
 def test_the_watch_over_the_noise_goes_on_after_a_restart(corpus, tmp_path):  # noqa: F811
   with open_on_one_device(experiment(corpus, steps=4), tmp_path) as opened:
     train(opened)

@@ -90,6 +90,7 @@ def test_the_checkpoint_that_is_asked_for(corpus, first, tmp_path, choice, step)
     assert equal(run.state.params, params)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_outlives_newer_ones(corpus, tmp_path):  # noqa: F811
   scores = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.0, 10: 4.0}
   config = experiment(corpus, steps=10, keep=1, keep_best=Best("score"))
@@ -133,6 +134,7 @@ def test_released_weights_start_a_run(corpus, first, tmp_path):  # noqa: F811
       pytest.fail("opened")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_precision(corpus, first, tmp_path):  # noqa: F811
   """Kept in bfloat16 from here on: parameters and moments are the rounded ones."""
   with open_on_one_device(experiment(corpus, steps=3), tmp_path) as run:
@@ -220,6 +222,7 @@ def test_all_stages_run_in_order_each_in_its_directory(tmp_path):
   assert seen == [("toy/one", 3, f"{tmp_path}/one"), ("toy/two", 3, f"{tmp_path}/two")]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_code_that_has_a_new_field(corpus, tmp_path):  # noqa: F811
   config = experiment(corpus, steps=3)
   with open_on_one_device(config, tmp_path) as run:

@@ -114,6 +114,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGES)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())

@@ -106,6 +106,7 @@ def import_until(target, writes: int) -> int:
   return count
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(stops=st.lists(st.integers(0, 12), min_size=1, max_size=4))
 @example(stops=[8, 11, 10, 0])  # done before the last stop

@@ -52,6 +52,7 @@ def assert_no_logits(generation):
   assert useful < program.cost_analysis()["flops"] < 1.01 * 4 / 3 * useful
 
 
+@pytest.mark.slow
 def test_a_v5p_holds_no_logits():
   assert_no_logits("v5p")
 

@@ -95,6 +95,7 @@ def part_of_plan(experts, first, count, room):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_experts_in_two_places_add_up_to_all_of_them(implementation):
   *args, experts, grad = operands(T=50, E=6, skew=0.5)

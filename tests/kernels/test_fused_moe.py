@@ -129,6 +129,7 @@ def test_an_expert_reaches_only_those_who_chose_it(implementation):
 OPTIMISED = {"xla_backend_optimization_level": "3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "implementation, dtype",
   [

@@ -39,6 +39,7 @@ def shapes(tokens, model, dtype, stored, sharding=None):
   return x, gate_up, down, weights, array((tokens, k), jnp.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "chip, tokens, model, dtype, stored",
   [

@@ -49,6 +49,7 @@ def slow(*values):
   return pytest.param(*values, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ def test_the_sum_over_slots_is_in_float32(implementation):
   np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [128, 384, 200])
 def test_rows_of_other_widths(width):
   """200 is no multiple of 128 lanes: gathered by XLA."""

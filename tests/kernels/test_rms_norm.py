@@ -14,6 +14,7 @@ def formula(x, scale, eps):
   return high.astype(x.dtype) * scale.astype(x.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 3, 16), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_value_and_derivative_equal_the_formula(shape, dtype):

@@ -152,6 +152,7 @@ def assert_costs_what_it_must(name, generation):
 
 
 # Between them these call every kernel.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["expert_ffn gradients", "combine gradients"])
 def test_compiles_for_v5p_and_costs_what_it_must(name):
   assert_costs_what_it_must(name, "v5p")

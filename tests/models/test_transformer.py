@@ -193,6 +193,7 @@ def test_token_nll_equals_the_log_softmax():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "changes",
   [dict(remat="full", scan_unroll=7), dict(remat="dots"), dict(remat="keep_attention_and_routing")],
@@ -205,6 +206,7 @@ def test_what_is_recomputed_changes_no_number(changes):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_remat_keeps_what_its_name_says():
   wide = dataclasses.replace(MOE, num_experts=8, num_experts_per_tok=1)
   config = dataclasses.replace(CONFIG, moe=wide)
@@ -245,6 +247,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_every_parameter_has_a_gradient(changes):
   config = dataclasses.replace(CONFIG, **changes)

@@ -103,6 +103,7 @@ def test_equals_one_device_and_the_dense_layer(exchange, mesh):
 IN_PLACE = (Ring, AllToAll, Ragged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", IN_PLACE)
 def test_every_expert_of_every_token(exchange):
   config = dataclasses.replace(CONFIG, num_experts_per_tok=E, exchange=exchange())
@@ -112,6 +113,7 @@ def test_every_expert_of_every_token(exchange):
   assert_close(((y, _), grads, stats), layer(one_device, PARAMS, X, GRAD))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", IN_PLACE)
 def test_a_buffer_that_overflows_is_exact_all_the_same(exchange):
   params = skewed(PARAMS, SKEW)
@@ -123,6 +125,7 @@ def test_a_buffer_that_overflows_is_exact_all_the_same(exchange):
     assert stats.dropped == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", IN_PLACE)
 def test_dropped_slots_are_counted_and_the_others_computed(exchange):
   params = skewed(PARAMS, SKEW)
@@ -140,6 +143,7 @@ def test_dropped_slots_are_counted_and_the_others_computed(exchange):
   assert on_mesh(sure, MeshConfig(expert=4, fsdp=2), params)[2].dropped == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda e: type(e).__name__)
 def test_permuting_the_experts_permutes_nothing_else(exchange):
   config, mesh = dataclasses.replace(CONFIG, exchange=exchange), MeshConfig(expert=4, tensor=2)

@@ -77,7 +77,9 @@ def plot(records: list[dict], target: pathlib.Path):
     axes[1, 0].plot(*series(own, "learning_rate"), color=color)
   tokens, load = series(records, "load_max_over_mean_by_t")  # [records, n, buckets]
   if load.size:
-    busiest = np.nanmax(load, axis=1)
+    # NaN where no row of a record was: left out, as is a level that no layer has.
+    busiest = np.where(np.isnan(load), -np.inf, load).max(1)
+    busiest[np.isinf(busiest)] = np.nan
     for bucket in range(busiest.shape[1]):
       color = plt.cm.viridis(bucket / (busiest.shape[1] - 1))
       axes[1, 1].plot(tokens, smooth(busiest[:, bucket], 15), color=color, linewidth=1)

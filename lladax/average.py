@@ -62,7 +62,8 @@ def average_checkpoints(
       there, or running averages that were not kept; nothing is written.
     CheckpointError: if a checkpoint is damaged.
   """
-  source, target = (epath.Path(path).expanduser() for path in (source, target))
+  # Orbax takes absolute paths only.
+  source, target = (epath.Path(path).expanduser().resolve() for path in (source, target))
   if isinstance(weights, str):
     steps = sorted(steps)
   # Numbers stand beside their steps, in whatever order these are given.
@@ -170,9 +171,9 @@ def _write(params, last: epath.Path, target: epath.Path, record: dict) -> epath.
   described = checkpoint / "run" / "arrays.json"
   arrays = json.loads(described.read_text()) | {"params": describe_arrays(params)}
   described.write_text(json.dumps(arrays, indent=1))
-  config = last.parent.parent / "config.json"
-  if config.exists():
-    config.copy(new / "config.json")
+  for name in ("config.json", "start.json"):  # of adapters, start.json says what they are for
+    if (last.parent.parent / name).exists():
+      (last.parent.parent / name).copy(new / name)
   (new / "average.json").write_text(json.dumps(record, indent=1) + "\n")
   new.rename(target)
   return target / "checkpoints" / last.name

@@ -73,6 +73,12 @@ def test_the_average_is_that_of_the_parameters_and_a_workdir_of_its_own(source, 
   np.testing.assert_array_equal(state.params["kernel"], loaded.params["kernel"])
 
 
+def test_paths_may_be_relative(source, tmp_path, monkeypatch):
+  monkeypatch.chdir(source.parent)
+  assert average.main([f"--source={source.name}", "--last=2", "--target=beside"]) == 0
+  assert load_params(source.parent / "beside").path.name == "50"
+
+
 def test_weights_steps_and_the_best(source, tmp_path):
   def merged(*flags):
     target = tmp_path / f"m{len(list(tmp_path.iterdir()))}"

@@ -131,7 +131,6 @@ def evaluate(cfg: Experiment, workdir: pathlib.Path):
   held = list(read_conversations(f"{DATA}/heldout.jsonl"))[:SCORED]
   model = load(workdir)
   answers = answer(model, [conversation.messages[0].content for conversation in held])
-  share = reasoning_data.score(held, answers)["all"]
   lines = [
     {
       "question": conversation.messages[0].content,
@@ -140,6 +139,7 @@ def evaluate(cfg: Experiment, workdir: pathlib.Path):
     }
     for conversation, text in zip(held, answers, strict=True)
   ]
+  share = sum(line["right"] for line in lines) / len(lines)
   (pathlib.Path(workdir) / "answers.jsonl").write_text(
     "".join(json.dumps(line) + "\n" for line in lines)
   )

@@ -27,7 +27,7 @@ from absl import logging
 from etils import epath
 
 from lladax.config import ConfigError
-from lladax.train import CheckpointError, load_params, read_records
+from lladax.train import CheckpointError, evaluated, load_params
 from lladax.train.arrays import describe_arrays
 from lladax.train.checkpoint import saved_steps
 
@@ -119,12 +119,7 @@ def best_steps(source: os.PathLike, count: int, metric: str) -> list[int]:
   Raises:
     ConfigError: if fewer checkpoints were evaluated.
   """
-  saved = set(saved_steps(source))
-  values = {
-    record["step"]: record[metric]
-    for record in read_records(source)
-    if record["step"] in saved and record.get(metric) is not None
-  }
+  values = evaluated(source, saved_steps(source), metric)
   if len(values) < count:
     raise ConfigError(
       f"{source} has {len(values)} checkpoints with a record of {metric!r} at their step, "

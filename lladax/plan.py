@@ -7,7 +7,8 @@ python -m lladax.plan --experiment=pretrain_llada_moe --topology=v5e:2x2 --mesh=
 python -m lladax.plan --table pretrain_llada_moe@v5e:8x8@microbatches=8 pretrain_llada_moe@v5p:4x4x4
 
 Compiles the real train step for that slice with libtpu, on any machine with a CPU, and reads its
-cost off the compiled program. Needs pip install -e '.[plan]'. The 7B takes three to seven minutes of a CPU.
+cost off the compiled program. Needs pip install -e '.[plan]'. The 7B takes three to seven minutes of a
+CPU.
 """
 
 from __future__ import annotations

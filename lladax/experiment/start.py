@@ -19,12 +19,10 @@ from lladax import hub
 from lladax.config import ConfigError
 from lladax.data import Tokenizer, load_tokenizer
 from lladax.hub.load import plan_import
+from lladax.loading import START_FILE
 from lladax.models import ModelConfig, abstract_params
-from lladax.train import CheckpointError, TrainState, load_params, read_records, state_from
+from lladax.train import CheckpointError, TrainState, evaluated, load_params, state_from
 from lladax.train.checkpoint import read_iterators, read_train_state, saved_steps
-
-# Which checkpoint a run began from, so that it begins there again if it is killed before it saves.
-START_FILE = "start.json"
 
 
 class Choice(abc.ABC):
@@ -74,11 +72,7 @@ class Best(Choice):
 
   def find(self, workdir, steps: Sequence[int]) -> int | None:
     """As `choose`, None if no step was evaluated; of equals the latest."""
-    values = {
-      record["step"]: record[self.metric]
-      for record in read_records(workdir)
-      if record["step"] in steps and isinstance(record.get(self.metric), int | float)
-    }
+    values = evaluated(workdir, steps, self.metric)
     sign = 1 if self.highest else -1
     return max(values, key=lambda step: (sign * values[step], step), default=None)
 
@@ -173,11 +167,14 @@ def find_origin(start: Start, workdir: epath.Path, model: ModelConfig) -> Origin
 
 
 def write_origin(origin: Origin, workdir: epath.Path):
-  """Keeps the choice for a restart."""
+  """Keeps the choice, so that a run that is killed before it saves begins there again."""
   if jax.process_index() == 0 and not (workdir / START_FILE).exists():
     checkpoint = None if origin.checkpoint is None else os.fspath(origin.checkpoint)
     new = workdir / f"{START_FILE}.new"
-    new.write_text(json.dumps({"source": os.fspath(origin.source), "checkpoint": checkpoint}))
+    # Absolute, so that adapters find their weights from anywhere; the id of a hub stays.
+    source = origin.source.expanduser()
+    source = source.resolve() if source.exists() else origin.source
+    new.write_text(json.dumps({"source": os.fspath(source), "checkpoint": checkpoint}))
     new.replace(workdir / START_FILE)
 
 

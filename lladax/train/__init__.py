@@ -24,7 +24,7 @@ from lladax.train.loop import (
   stop_on_nonfinite,
   warn_of_drops,
 )
-from lladax.train.metrics import Metrics, read_records, write_run_record
+from lladax.train.metrics import Metrics, evaluated, read_records, write_run_record
 from lladax.train.noise_watch import NoiseDrift, NoiseWatch
 from lladax.train.optimizer import (
   AdamW,
@@ -75,6 +75,7 @@ __all__ = [
   "abstract_state",
   "add_rollback",
   "ema_params",
+  "evaluated",
   "every",
   "fit",
   "heldout_bound",

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -186,6 +186,15 @@ def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   path = epath.Path(workdir) / RECORDS
   lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
   return [record for line in lines if (record := _parse(line)) is not None]
+
+
+def evaluated(workdir: str | os.PathLike, steps: Collection[int], metric: str) -> dict[int, float]:
+  """Recorded values of a metric by step, of those of these steps that have one."""
+  return {
+    record["step"]: record[metric]
+    for record in read_records(workdir)
+    if record["step"] in steps and isinstance(record.get(metric), int | float)
+  }
 
 
 def drop_records_after(path: pathlib.Path, step: int):

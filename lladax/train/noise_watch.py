@@ -34,10 +34,10 @@ class NoiseWatch:
   """A reader for `lladax.train.fit`: counts masked tokens and rows by t, and raises an alarm.
 
   Every `every` steps each count of a bucket of t, of the whole run and of its latest stretch, is
-  compared with its mean, and so is that of all buckets. The bound is Bernstein's inequality, which holds for any number of draws,
-  with a probability that is shared out over buckets, kinds, stretches and looks (look j gets a part
-  6 / (pi j)^2 of it). A run whose noise is right raises an alarm with a probability of at most
-  `false_alarm`, however long it is.
+  compared with its mean, and so is that of all buckets. The bound is Bernstein's inequality, which
+  holds for any number of draws, with a probability that is shared out over buckets, kinds, stretches
+  and looks (look j gets a part 6 / (pi j)^2 of it). A run whose noise is right raises an alarm with a
+  probability of at most `false_alarm`, however long it is.
 
   The state is saved with a checkpoint, so a restart goes on counting.
 

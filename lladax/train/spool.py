@@ -22,6 +22,7 @@ class Spool:
     self._workdir = epath.Path(workdir)
     self._stands_in = is_remote(workdir)
     self.local = pathlib.Path(workdir)
+    self._pushed: dict[pathlib.Path, int] = {}
     if self._stands_in:
       name = hashlib.sha256(os.fspath(self._workdir).encode()).hexdigest()[:16]
       self.local = cache_dir() / "runs" / name
@@ -36,11 +37,12 @@ class Spool:
         (self.local / path.name).write_bytes(path.read_bytes())
 
   def push(self):
-    """Copies every file to the workdir."""
+    """Copies what has grown to the workdir."""
     if not self._stands_in:
       return
     for path in sorted(self.local.rglob("*")):
-      if path.is_file():
+      if path.is_file() and self._pushed.get(path) != path.stat().st_size:
+        self._pushed[path] = path.stat().st_size
         target = self._workdir / path.relative_to(self.local).as_posix()
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())

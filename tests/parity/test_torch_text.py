@@ -71,7 +71,8 @@ def folder(request, tmp_path_factory):
     (path / "chat_template.jinja").write_text(ELABORATE)
   else:
     config["chat_template"] = BUILT_IN[request.param].source
-    config["additional_special_tokens"] = ["<role>", "</role>", BUILT_IN[request.param].end_of_turn]
+    end = [token for token in [BUILT_IN[request.param].end_of_turn] if token is not None]
+    config["additional_special_tokens"] = ["<role>", "</role>", *end]
   (path / "tokenizer_config.json").write_text(json.dumps(config))
   return path
 

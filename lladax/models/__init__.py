@@ -1,7 +1,9 @@
 """The transformer family: configs and presets, layers, attention and its masks."""
 
 from lladax.models.attention import AttentionMask, block_causal, full, padding, segments
+from lladax.models.cache import Memory
 from lladax.models.config import ModelConfig, ParameterCount, count_parameters
+from lladax.models.denoiser import Denoiser
 from lladax.models.presets import (
   PROXIES,
   QWEN2_5,
@@ -16,7 +18,6 @@ from lladax.models.presets import (
   tiny,
 )
 from lladax.models.transformer import (
-  Denoiser,
   Transformer,
   abstract_params,
   bind_token_nll,
@@ -30,6 +31,7 @@ __all__ = [
   "QWEN2_5",
   "AttentionMask",
   "Denoiser",
+  "Memory",
   "ModelConfig",
   "ParameterCount",
   "Transformer",

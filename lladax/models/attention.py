@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kernels_pallas.attention import attention
+from lladax.models.cache import KeyValues, Place, insert
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.layers import Projection, RMSNorm, rotate
 from lladax.sharding import joined, on_devices, spec
@@ -24,11 +25,14 @@ class AttentionMask:
   Attributes:
     segment_ids: int32[B, L] or None. A position attends within its own segment only; padding is
       a segment (0) of its own, so that no row of the softmax is empty.
+    key_segment_ids: int32[B, S], of what may be attended to, where that is more than the columns
+      of this pass; None: the same columns.
     block_length: None, or the length of the blocks of a block-causal mask: a position attends to
       its own block and to earlier ones. 1 is causal attention.
   """
 
   segment_ids: SegmentIds | None = None
+  key_segment_ids: SegmentIds | None = None
   block_length: int | None = struct.field(pytree_node=False, default=None)
 
   def valid(self) -> BoolPerToken | None:
@@ -72,7 +76,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
   devices that moves 4 / c of the activations, where gathering keys and values would move 2.
 
   Raises:
-    ValueError: if the heads do not divide over the tensor and context axes.
+    ValueError: if the heads do not divide over the tensor and context axes; for keys of more columns
+      than the queries' on a mesh that splits the sequence.
   """
   axes = ("batch", "length", "heads", None)
   of_query, of_key = spec(query.shape, *axes), spec(key.shape, *axes)
@@ -84,12 +89,18 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
       f"choose a tensor axis that divides {kv_heads}"
     )
   context = of_query[1]  # the axis, or None
+  of_keys_ids = joined(*of_key[:2])
+  if mask.key_segment_ids is not None and (context or of_key[1]):
+    raise ValueError(
+      "keys from memory are not split over a context axis; decode on a mesh with context=1"
+    )
 
   def local(query, key, value, *segment_ids):
     if context:
       query, key, value = _heads_for_length(context, query, key, value)
       segment_ids = [jax.lax.all_gather(ids, context, axis=1, tiled=True) for ids in segment_ids]
-    out = attention(query, key, value, *segment_ids, block_length=mask.block_length)
+    ids = dict(zip(("segment_ids", "key_segment_ids"), segment_ids, strict=False))
+    out = attention(query, key, value, **ids, block_length=mask.block_length)
     if context:
       out = jax.lax.all_to_all(out, context, split_axis=1, concat_axis=2, tiled=True)
     return out
@@ -97,6 +108,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
   args, specs = (query, key, value), (of_query, of_key, of_key)
   if mask.segment_ids is not None:
     args, specs = (*args, mask.segment_ids), (*specs, of_ids)
+  if mask.key_segment_ids is not None:
+    args, specs = (*args, mask.key_segment_ids), (*specs, of_keys_ids)
   return on_devices(local, specs, of_query, *args)
 
 
@@ -121,13 +134,21 @@ def _heads_for_length(axis: str, query, key, value):
 class Attention(nn.Module):
   """Multi-head attention with per-head QK-norm before rotary, as LLaDA-MoE has it.
 
-  `rotary`: cos and sin of `rotary_tables`.
+  `rotary`: cos and sin of `rotary_tables`. With a `place` the keys and values of these columns are
+  returned too, and with `memory` those of the other columns are read from there.
   """
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, rotary: tuple, mask: AttentionMask) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array,
+    rotary: tuple,
+    mask: AttentionMask,
+    memory: KeyValues | None = None,
+    place: Place | None = None,
+  ) -> tuple[jax.Array, KeyValues | None]:
     config = self.config
     N, K, H = config.num_attention_heads, config.kv_heads, config.head_size
     shared = {
@@ -145,6 +166,10 @@ class Attention(nn.Module):
     if config.qk_norm:
       norm = functools.partial(RMSNorm, config.rms_norm_eps, ("batch", "length", "heads", None))
       query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
-    out = attend(rotate(query, *rotary), rotate(key, *rotary), value, mask)
+    own = read = KeyValues(rotate(key, *rotary), value)
+    if memory is not None:
+      read, own = insert(memory, own, place)
+    out = attend(rotate(query, *rotary), read.key, read.value, mask)
     axes = ("heads", "head_dim", "embed")
-    return Projection((x.shape[-1],), axes, inputs=2, name="out", **shared)(out)
+    out = Projection((x.shape[-1],), axes, inputs=2, name="out", **shared)(out)
+    return out, None if place is None else own

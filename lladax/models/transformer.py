@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lladax.models.attention import Attention, AttentionMask, full, segments
+from lladax.models.cache import KeyValues, Memory, Place, take_columns
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.head import weighted_nll_on_mesh
 from lladax.models.layers import Embedding, RMSNorm, SwiGLU, project, rotary_tables
@@ -35,13 +36,25 @@ REMAT |= {"full": REMAT["keep_nothing"], "dots": REMAT["keep_dots"]}
 
 
 class Layer(nn.Module):
-  """x + attention(norm x), then x + ffn(norm x). Returns the layer's RouterStats where routed."""
+  """x + attention(norm x), then x + ffn(norm x).
+
+  Returns x, and as a pair the RouterStats where routed and the keys and values where they are asked
+  for by a `place`.
+  """
 
   config: ModelConfig
   routed: bool
 
   @nn.compact
-  def __call__(self, x: jax.Array, rotary: tuple, mask: AttentionMask, groups: RowGroups | None):
+  def __call__(
+    self,
+    x: jax.Array,
+    memory: KeyValues | None,
+    rotary: tuple,
+    mask: AttentionMask,
+    groups: RowGroups | None,
+    place: Place | None,
+  ):
     config = self.config
     shared = {
       "initializer_range": config.initializer_range,
@@ -49,7 +62,8 @@ class Layer(nn.Module):
     }
     norm = functools.partial(RMSNorm, config.rms_norm_eps)
     y = norm(name="attention_norm")(x)
-    x = x + Attention(config, name="attention")(y, rotary, mask)
+    y, kept = Attention(config, name="attention")(y, rotary, mask, memory, place)
+    x = x + y
     x = constrain(x, "batch", "length", "activation")  # [B, L, D]
     y = norm(name="ffn_norm")(x)
     if self.routed:
@@ -60,7 +74,7 @@ class Layer(nn.Module):
       x = x + routed
     else:
       x, stats = x + SwiGLU(config.intermediate_size, name="ffn", **shared)(y), None
-    return constrain(x, "batch", "length", "activation"), stats
+    return constrain(x, "batch", "length", "activation"), (stats, kept)
 
 
 class Transformer(nn.Module):
@@ -98,7 +112,7 @@ class Transformer(nn.Module):
       layer,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=nn.broadcast,
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
       length=length,
       unroll=min(self.config.scan_unroll, length),
       metadata_params={nn.PARTITION_NAME: "layers"},
@@ -144,6 +158,20 @@ class Transformer(nn.Module):
     groups: RowGroups | None = None,
   ) -> tuple[jax.Array, RouterStats | None]:
     """Final hidden states [B, L, D], after the last norm: the one at i predicts token i."""
+    return self._hidden(tokens, positions=positions, mask=mask, groups=groups)[:2]
+
+  def _hidden(
+    self,
+    tokens: Tokens,
+    *,
+    positions: Positions | None,
+    mask: AttentionMask | None,
+    groups: RowGroups | None = None,
+    soft: jax.Array | None = None,
+    memory: Memory | None = None,
+    place: Place | None = None,
+  ) -> tuple[jax.Array, RouterStats | None, Memory | None]:
+    """As `hidden`; `soft` [B, L, D] is added to the embedding; the keys and values of a `place`."""
     config = self.config
     mask = full() if mask is None else mask
     if config.causal:
@@ -151,19 +179,62 @@ class Transformer(nn.Module):
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     x = self.embed(tokens)  # [B, L, D]
+    if soft is not None:
+      x = x + soft.astype(x.dtype)
     x = constrain(x, "batch", "length", "activation")
     # Once for all layers: left to each of them, XLA takes the cosine anew for every head.
     rotary = rotary_tables(positions, config.rotary_size, config.rope_theta, x.dtype)
-    stats = None
+    memory = Memory(None, None) if memory is None else memory
+    stats = kept = dense_kept = None
     if config.num_dense_layers:
-      x, _ = self.dense_layers(x, rotary, mask, None)
+      x, (_, dense_kept) = self.dense_layers(x, memory.dense_layers, rotary, mask, None, place)
     if config.num_routed_layers:
-      x, stats = self.layers(x, rotary, mask, groups)
+      x, (stats, kept) = self.layers(x, memory.layers, rotary, mask, groups, place)
     x = self.final_norm(x)
     if config.shift:
       before = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
       x = jnp.where((positions == 0)[..., None], x, before)
-    return x, stats
+    return x, stats, None if place is None else Memory(dense_kept, kept)
+
+  def read(
+    self,
+    tokens: Tokens,
+    *,
+    positions: Positions,
+    mask: AttentionMask,
+    at: jax.Array,
+    width: int,
+    soft: jax.Array | None = None,
+    memory: Memory | None = None,
+    place: Place | None = None,
+  ) -> tuple[Logits, Memory | None]:
+    """float32 logits [B, width, V] of a few columns, and keys and values: a step of decoding.
+
+    Args:
+      tokens, positions, mask: of the columns of this pass, [B, L].
+      at: int32[B], the first column of the logits, counted within this pass.
+      soft: [B, L, D], added to the embeddings.
+      memory: keys and values of the whole canvas; None: the pass is over the whole of it.
+      place: where the pass lies in the canvas; None where no keys and values are wanted.
+
+    Returns:
+      The logits, and the keys and values of the columns of this pass where there is a `place`.
+
+    Raises:
+      ValueError: for a causal model, which cannot see what follows.
+    """
+    if self.config.causal:
+      raise ValueError("a causal model predicts from what is before; it cannot denoise a canvas")
+    hidden, _, kept = self._hidden(
+      tokens, positions=positions, mask=mask, soft=soft, memory=memory, place=place
+    )
+    kernel, axes = self._head()
+    return project(take_columns(hidden, at, width), kernel, axes, dtype=jnp.float32), kept
+
+  def embed_softly(self, probabilities: jax.Array) -> jax.Array:
+    """float32[B, W, V] -> [B, W, D]: the mean embedding under distributions over tokens."""
+    table = self.embed.embedding
+    return project(probabilities.astype(dtype_of(self.config.dtype)), table, Embedding.AXES)
 
   def _head(self) -> tuple[jax.Array, tuple[str, str]]:
     """The kernel [D, V] and the logical names of its axes."""
@@ -184,22 +255,6 @@ class _Head(nn.Module):
     init = nn.with_logical_partitioning(init, self.AXES)
     shape = (config.hidden_size, config.vocab_size)
     return self.param("kernel", init, shape, dtype_of(config.param_dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class Denoiser:
-  """The network as a sampler calls it: (params, tokens, positions, segment_ids) -> logits.
-
-  Equal configs make equal denoisers, so that a jitted sampler compiles once for all of them.
-  """
-
-  config: ModelConfig
-
-  def __call__(self, params, tokens, positions, segment_ids) -> Logits:
-    logits, _ = Transformer(self.config).apply(
-      {"params": params}, tokens, positions=positions, mask=segments(segment_ids)
-    )
-    return logits
 
 
 def bind_token_nll(

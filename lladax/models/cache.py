@@ -1,0 +1,101 @@
+"""Keys and values of a canvas, kept from one pass to the next: the mechanics; when is a policy's.
+
+A pass over a window of columns computes the keys and values of these columns and reads those of the
+others from memory. With bidirectional attention what is kept is an approximation as soon as any
+token changes (dual and prefix cache of Fast-dLLM, arXiv 2505.22618); with block-causal attention the
+blocks before are exact.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class KeyValues:
+  """Rotated keys and values.
+
+  Attributes:
+    key, value: [B, S, K, H] of a layer, [n, B, S, K, H] of a stack of layers.
+  """
+
+  key: jax.Array
+  value: jax.Array
+
+
+@struct.dataclass
+class Memory:
+  """Of all layers; None for a stack that the model does not have."""
+
+  dense_layers: KeyValues | None
+  layers: KeyValues | None
+
+
+@struct.dataclass
+class Place:
+  """Where the columns of a pass lie among those of the canvas, and what becomes of their keys.
+
+  Attributes:
+    start: int32[B], the first column of each row; None for a pass over all of them.
+    first: int32[B] or None: what is kept of columns before this one stays as it is.
+  """
+
+  start: jax.Array | None = None
+  first: jax.Array | None = None
+
+
+def take_columns(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+  """Columns [start_r, start_r + size) of each row r of [B, S, ...]; start is clipped to fit."""
+
+  def of_row(row, first):
+    return jax.lax.dynamic_slice_in_dim(row, first, size, axis=0)
+
+  return jax.vmap(of_row)(x, start)
+
+
+def put_columns(x: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+  """[B, S, ...] with columns [start_r, start_r + W) of each row r replaced by `new` [B, W, ...]."""
+
+  def of_row(row, new_row, first):
+    return jax.lax.dynamic_update_slice_in_dim(row, new_row, first, axis=0)
+
+  return jax.vmap(of_row)(x, new.astype(x.dtype), start)
+
+
+def insert(memory: KeyValues, new: KeyValues, place: Place) -> tuple[KeyValues, KeyValues]:
+  """What a layer attends to, its memory with the columns of this pass in it; and these columns."""
+
+  def merge(old, fresh):
+    if place.first is None:
+      return fresh
+    size = fresh.shape[1]
+    columns = place.start[:, None] + jnp.arange(size)
+    stays = (columns < place.first[:, None])[..., None, None]
+    return jnp.where(stays, take_columns(old, place.start, size), fresh)
+
+  new = jax.tree.map(merge, memory, new)
+  return jax.tree.map(lambda old, own: put_columns(old, own, place.start), memory, new), new
+
+
+def remember(
+  memory: Memory, new: Memory, start: jax.Array, rows: jax.Array | None = None
+) -> Memory:
+  """Memory with the columns of a pass in it, of all layers.
+
+  Args:
+    memory: [n, B, S, K, H].
+    new: [n, B, W, K, H].
+    start: int32[B].
+    rows: bool[B], the rows to change; None for all.
+  """
+
+  def put(old, fresh):
+    if rows is not None:
+      size = fresh.shape[2]
+      before = jax.vmap(lambda layer: take_columns(layer, start, size))(old)
+      fresh = jnp.where(rows[:, None, None, None], fresh, before)
+    return jax.vmap(lambda layer, columns: put_columns(layer, columns, start))(old, fresh)
+
+  return jax.tree.map(put, memory, new)

@@ -1,0 +1,133 @@
+"""The network as a sampler calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lladax.models.attention import AttentionMask, segments
+from lladax.models.cache import Memory, Place, remember, take_columns
+from lladax.models.config import ModelConfig
+from lladax.models.transformer import Transformer
+from lladax.types import Logits, Positions, SegmentIds, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """The network as a sampler calls it: (params, tokens, positions, segment_ids) -> logits.
+
+  Equal denoisers are equal values, so that a jitted sampler compiles once for all of them.
+
+  Attributes:
+    config: of the model.
+    block_length: of a block-causal mask, as LLaDA2 has it (arXiv 2512.15745); None: everybody
+      attends to everybody.
+  """
+
+  config: ModelConfig
+  block_length: int | None = None
+
+  def __call__(self, params, tokens, positions, segment_ids) -> Logits:
+    mask = dataclasses.replace(segments(segment_ids), block_length=self.block_length)
+    logits, _ = Transformer(self.config).apply(
+      {"params": params}, tokens, positions=positions, mask=mask
+    )
+    return logits
+
+  @property
+  def look_behind(self) -> int:
+    """How many columns before the first one of a window its logits are read from."""
+    return int(self.config.shift)
+
+  def read(
+    self,
+    params,
+    tokens: Tokens,
+    positions: Positions,
+    segment_ids: SegmentIds,
+    *,
+    at: jax.Array,
+    width: int,
+    soft: jax.Array | None = None,
+    keep: bool = False,
+  ) -> tuple[Logits, Memory | None]:
+    """A pass over the whole canvas.
+
+    Args:
+      params: of the model.
+      tokens, positions, segment_ids: int32[B, S].
+      at: int32[B], the first column of each row whose logits are wanted.
+      width: W, how many of them.
+      soft: [B, S, D], added to the embeddings.
+      keep: whether keys and values are kept.
+
+    Returns:
+      float32 logits [B, W, V]; the memory, None unless kept.
+    """
+    return self._read(
+      params,
+      tokens,
+      positions=positions,
+      mask=dataclasses.replace(segments(segment_ids), block_length=self.block_length),
+      at=at,
+      width=width,
+      soft=soft,
+      place=Place() if keep else None,
+    )
+
+  def read_window(
+    self,
+    params,
+    tokens: Tokens,
+    positions: Positions,
+    segment_ids: SegmentIds,
+    *,
+    at: jax.Array,
+    width: int,
+    memory: Memory,
+    start: jax.Array,
+    size: int,
+    first: jax.Array | None = None,
+    rows: jax.Array | None = None,
+    soft: jax.Array | None = None,
+  ) -> tuple[Logits, Memory]:
+    """A pass over `size` columns of each row; the others' keys and values are those in memory.
+
+    Args:
+      memory: from an earlier pass.
+      start: int32[B], the first of the columns; start + size is at most S.
+      first: int32[B] or None: columns before this one are read and computed, and their memory
+        stays as it was.
+      rows: bool[B] or None: the rows whose memory changes.
+      The rest as for `read`.
+
+    Returns:
+      float32 logits [B, W, V] and the memory with the new columns.
+    """
+    own_segments = take_columns(segment_ids, start, size)
+    keys = segment_ids
+    columns = jnp.arange(segment_ids.shape[1])
+    if self.block_length is not None:
+      # Later blocks are not seen. The window is one block.
+      keys = jnp.where(columns < (start + size)[:, None], segment_ids, 0)
+    logits, new = self._read(
+      params,
+      take_columns(tokens, start, size),
+      positions=take_columns(positions, start, size),
+      mask=AttentionMask(segment_ids=own_segments, key_segment_ids=keys),
+      at=at - start,
+      width=width,
+      soft=None if soft is None else take_columns(soft, start, size),
+      memory=memory,
+      place=Place(start=start, first=first),
+    )
+    return logits, remember(memory, new, start, rows)
+
+  def embed_softly(self, params, probabilities: jax.Array) -> jax.Array:
+    """float32[B, W, V] -> [B, W, D]: the mean embedding under distributions over tokens."""
+    return Transformer(self.config).apply({"params": params}, probabilities, method="embed_softly")
+
+  def _read(self, params, tokens, **more):
+    return Transformer(self.config).apply({"params": params}, tokens, **more, method="read")

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from lladax.infer.canvas import Canvas, window
+from lladax.infer.drawing import draw_tokens as draw_tokens
+from lladax.infer.drawing import is_any, remove_ids
+from lladax.infer.drawing import token_probability as token_probability
 from lladax.types import BoolPerToken, Logits, Positions, SegmentIds, Tokens
 
 # (params, tokens, positions, segment_ids) -> logits float32[B, L, V]; position i predicts token i.
@@ -92,45 +95,3 @@ def guided_logits(
     cond, un = jnp.split(logits, 2)
     logits = un + (cfg_scale + 1.0) * (cond - un)
   return remove_ids(logits, (mask_id,))
-
-
-def draw_tokens(
-  logits: jax.Array, keys: jax.Array, positions: jax.Array, *, temperature: float
-) -> jax.Array:
-  """Tokens [B, W] from logits [B, W, V]: argmax, or samples of softmax(logits / temperature).
-
-  LLaDA's reference takes the argmax of exp(logits) / (-log u)**temperature in float64. The
-  logarithm of that is logits + temperature * g with g = -log(-log u) standard Gumbel, and the
-  argmax is the same since log is increasing; in this form nothing overflows in float32. The long
-  upper tail of g, where plain float32 draws run out of digits and rare tokens would never be
-  written, is what mode="high" is for.
-
-  Args:
-    keys: [B], of the row and iteration.
-    positions: int32[B, W]; the noise of a position is a function of its row's key and of the
-      position itself, so it does not depend on the window or on padding.
-  """
-  if temperature > 0.0:
-    vocabulary = logits.shape[-1]
-
-    def noise(key, position):
-      position_key = jax.random.fold_in(key, position)
-      return jax.random.gumbel(position_key, (vocabulary,), jnp.float32, mode="high")
-
-    gumbel = jax.vmap(jax.vmap(noise, in_axes=(None, 0)))(keys, positions)  # [B, W, V]
-    logits = logits + temperature * gumbel
-  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-
-def token_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """softmax(logits)[tokens], float32: without noise or temperature, which would leak into it."""
-  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-  return jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
-
-
-def remove_ids(logits: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-  return jnp.where(is_any(jnp.arange(logits.shape[-1]), ids), -jnp.inf, logits)
-
-
-def is_any(tokens: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-  return jnp.isin(tokens, jnp.asarray(ids, jnp.int32))

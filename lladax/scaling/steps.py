@@ -15,7 +15,7 @@ from kernels_pallas import op
 from lladax.config import ConfigError
 from lladax.experiment import Experiment, train_step
 from lladax.experiment.rates import supervised_share
-from lladax.infer.denoiser import draw_tokens, remove_ids, token_probability
+from lladax.infer.drawing import draw_tokens, remove_ids, token_probability
 from lladax.models import Denoiser, ModelConfig, init_variables
 from lladax.scaling.chips import Slice
 from lladax.scaling.hlo import Computation, Module, Shape

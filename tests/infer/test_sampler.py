@@ -18,7 +18,8 @@ from lladax.infer import (
   generate,
 )
 from lladax.infer.canvas import prompt_canvas
-from lladax.infer.denoiser import draw_tokens, guided_logits, token_probability
+from lladax.infer.denoiser import guided_logits
+from lladax.infer.drawing import draw_tokens, token_probability
 from lladax.infer.sampler import reveal_budget
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [], [5, 3, 5, 8, 9, 7, 9]]

@@ -6,7 +6,7 @@ Everything is drawn from a finished `GenerateResult`, which knows when each toke
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -15,11 +15,39 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lladax.infer.generate import GenerateResult
+from lladax.infer.text_stream import Decode
 
 MASK_GLYPH = "░"
 STYLES = {"given": "", "written": "cyan", "fresh": "bold green", "masked": "dim"}
 
-Decode = Callable[[Sequence[int]], str]
+
+def shade(confidence: float) -> tuple[int, int, int]:
+  """Red, green and blue of a confidence: red at 0, yellow at a half, green at 1."""
+  share = min(max(float(confidence), 0.0), 1.0)
+  return round(235 - 140 * max(2 * share - 1, 0)), round(85 + 120 * min(2 * share, 1)), 90
+
+
+def crystallising(
+  texts: Sequence[str], revealed_at: Sequence[int], confidence: Sequence[float], number: int
+) -> Text:
+  """The canvas before iteration `number`: masks dim, text in the colour of its confidence.
+
+  Args:
+    texts: what each token reads, see `token_texts`.
+    revealed_at: the iteration that writes it, -1 where it was given.
+    confidence: with which it is written.
+    number: tokens of iteration `number - 1` are the fresh ones, bold.
+  """
+  text = Text()
+  for piece, at, sure in zip(texts, revealed_at, confidence, strict=True):
+    if at >= number:
+      text.append(MASK_GLYPH, STYLES["masked"])
+    elif at < 0:
+      text.append(piece)
+    else:
+      red, green, blue = shade(sure)
+      text.append(piece, f"{'bold ' if at == number - 1 else ''}rgb({red},{green},{blue})")
+  return text
 
 
 def render(ids: Sequence[int], decode: Decode, *, mask_id: int) -> str:

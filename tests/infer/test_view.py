@@ -4,35 +4,19 @@ import io
 
 import hypothesis
 import hypothesis.strategies as st
-import numpy as np
 import pytest
+from finished import MASK, decode, result_of
 from rich.console import Console
 
-from lladax.infer.generate import GenerateResult
-from lladax.infer.view import MASK_GLYPH, frames, render, show, styled_frames
-
-MASK = 256
-
-
-def decode(ids) -> str:
-  return bytes(ids).decode("utf-8", errors="replace")
-
-
-def result_of(text: str, when: list[int]) -> GenerateResult:
-  """A finished canvas of bytes behind two columns of padding; `when` as in `revealed_at`."""
-  ids = list(text.encode())
-  assert len(ids) == len(when)
-  row = np.array([[0, 0, *ids]], np.int32)
-  return GenerateResult(
-    tokens=row,
-    is_text=np.array([[False, False] + [True] * len(ids)]),
-    revealed_at=np.array([[-1, -1, *when]], np.int32),
-    confidence=np.zeros(row.shape, np.float32),
-    nfe=np.array([max(when, default=-1) + 1]),
-    answers=[ids],
-    mask_id=MASK,
-  )
-
+from lladax.infer.view import (
+  MASK_GLYPH,
+  crystallising,
+  frames,
+  render,
+  shade,
+  show,
+  styled_frames,
+)
 
 text_and_order = st.text(
   st.characters(exclude_characters=MASK_GLYPH, exclude_categories=["Cs", "Cc"]), max_size=12
@@ -108,3 +92,22 @@ def test_a_terminal_gets_an_animation_that_ends_with_the_text():
 def test_render_of_nothing():
   assert render([], decode, mask_id=MASK) == ""
   assert render([MASK] * 3, decode, mask_id=MASK) == 3 * MASK_GLYPH
+
+
+def test_confidence_goes_from_red_to_green():
+  shades = [shade(c) for c in (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 2.0)]
+  assert shades[0] == shades[1] and shades[-1] == shades[-2]
+  greenness = [green - red for red, green, _ in shades[1:-1]]
+  assert greenness == sorted(greenness) and greenness[0] < 0 < greenness[-1]
+  assert all(0 <= part <= 255 for colour in shades for part in colour)
+
+
+def test_a_canvas_crystallises():
+  text = crystallising(["a", "b", "", "é"], [-1, 0, 1, 2], [0.0, 1.0, 0.5, 0.0], 1)
+  assert text.plain == "ab" + 2 * MASK_GLYPH
+  red, green, blue = shade(1.0)
+  assert [(span.start, span.style) for span in text.spans] == [
+    (1, f"bold rgb({red},{green},{blue})"), (2, "dim"), (3, "dim"),
+  ]  # fmt: skip
+  last = crystallising(["a", "b", "", "é"], [-1, 0, 1, 2], [0.0, 1.0, 0.5, 0.0], 3)
+  assert last.plain == "abé" and "dim" not in {span.style for span in last.spans}

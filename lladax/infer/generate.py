@@ -1,19 +1,28 @@
 """Generation from prompts, and infilling: lists of ids in, lists of ids out.
 
-The host's side of decoding: checks, the canvas, one jitted call, and the result as numpy.
+The host's side of decoding: checks, the canvas, one jitted call per block, the result as numpy.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lladax.infer.caching import BlockCausal
 from lladax.infer.canvas import Canvas, masked_canvas, prompt_canvas
-from lladax.infer.denoiser import DenoiseFn
-from lladax.infer.sampler import Blocks, SamplerConfig, decode
+from lladax.infer.config import SamplerConfig
+from lladax.infer.iteration import Ids
+from lladax.infer.network import DenoiseFn, Network, as_network
+from lladax.infer.sampler import decode_block, window_rest
+from lladax.infer.state import State, start_state
+
+# The ids written so far by a row, up to the end of a block -> whether it has written enough.
+Stop = Callable[[list[int]], bool]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +65,7 @@ class GenerateResult:
 
 
 def generate(
-  denoise: DenoiseFn,
+  denoise: DenoiseFn | Network,
   params: object,
   prompts: Sequence[Sequence[int]],
   config: SamplerConfig,
@@ -65,6 +74,8 @@ def generate(
   eos_id: int | Sequence[int],
   pad_id: int,
   seeds: int | Sequence[int] = 0,
+  gen_lengths: Sequence[int] | None = None,
+  stop: Stop | None = None,
   max_length: int | None = None,
   prompt_multiple: int = 32,
 ) -> GenerateResult:
@@ -74,37 +85,44 @@ def generate(
   positions and segments.
 
   Args:
-    denoise, params: the network, see `DenoiseFn`. Calls with an equal `denoise` and `config` and
-      canvases of equal shape share one compilation.
+    denoise, params: the network, see `Network` and `DenoiseFn`. Calls with an equal `denoise` and
+      `config` and canvases of equal shape share one compilation.
     prompts: ids, of any lengths; an empty one starts from nothing.
     mask_id, pad_id: special ids; padding is never read by the network.
     eos_id: the id or ids that end a text.
     seeds: one per row, or one number s for s, s + 1, ... Only read if something is drawn.
+    gen_lengths: tokens to write after each prompt, where they differ.
+    stop: asked after each block what is to be ended; the row keeps what it has.
     max_length: the context of the network, prompt and answer together; None for no check.
-    prompt_multiple: prompts are padded to a multiple of this, to compile less often.
+    prompt_multiple: canvases are padded to a multiple of this, to compile less often.
 
   Raises:
-    ValueError: see `prompt_canvas` and `SamplerConfig`; a number of seeds that does not fit.
+    ValueError: see `prompt_canvas`, `check_network` and `SamplerConfig`; a number of seeds or
+      lengths that does not fit.
   """
+  lengths = [config.gen_length] * len(prompts) if gen_lengths is None else list(gen_lengths)
+  if len(lengths) != len(prompts) or any(length < 1 for length in lengths):
+    raise ValueError(f"gen_lengths is one positive number for each of {len(prompts)} prompts; "
+                     f"got {lengths}")  # fmt: skip
   canvas = prompt_canvas(
     prompts,
-    config.gen_length,
+    lengths,
     mask_id=mask_id,
     pad_id=pad_id,
+    block_length=config.block_length,
+    align=config.align_blocks,
     max_length=max_length,
     multiple=prompt_multiple,
   )
-  first = canvas.tokens.shape[1] - config.gen_length
-  blocks = Blocks(
-    first=first, width=config.block_length, count=config.num_blocks, steps=config.steps_per_block
-  )
-  result = run(denoise, params, canvas, config, blocks, seeds, mask_id=mask_id, eos_id=eos_id)
-  answers = [cut_at_eos(row[first:].tolist(), as_ids(eos_id)) for row in result.tokens]
+  result = run(denoise, params, canvas, config, seeds, stop, mask_id=mask_id, eos_id=eos_id)
+  answers = [
+    cut_at_eos(result.row(r)[first:], as_ids(eos_id)) for r, first in enumerate(canvas.first)
+  ]
   return dataclasses.replace(result, answers=answers)
 
 
 def infill(
-  denoise: DenoiseFn,
+  denoise: DenoiseFn | Network,
   params: object,
   rows: Sequence[Sequence[int]],
   config: SamplerConfig,
@@ -131,52 +149,110 @@ def infill(
   if block_length is not None and block_length < 1:
     raise ValueError(f"block_length is at least 1, or None for one block; got {block_length}")
   canvas = masked_canvas(
-    rows, mask_id=mask_id, pad_id=pad_id, max_length=max_length, block_length=block_length
+    rows, mask_id=mask_id, pad_id=pad_id, max_length=max_length, block_length=block_length or 1
   )
-  length = canvas.tokens.shape[1]
+  config = infill_config(config, block_length, canvas.tokens.shape[1])
+  return run(denoise, params, canvas, config, seeds, None, mask_id=mask_id, eos_id=eos_id)
+
+
+def infill_config(config: SamplerConfig, block_length: int | None, length: int) -> SamplerConfig:
+  """The sampler for rows of `length` with masks anywhere; see `infill`."""
+  blocks = config.num_blocks if block_length else 1
   width = block_length or length
-  blocks = Blocks(
-    first=0,
-    width=width,
-    count=length // width,
-    steps=config.steps_per_block if block_length else config.steps,
+  return dataclasses.replace(
+    config, gen_length=width * blocks, block_length=width, min_length=0, early_stop=False
   )
-  return run(denoise, params, canvas, config, blocks, seeds, mask_id=mask_id, eos_id=eos_id)
+
+
+def check_network(network: Network, config: SamplerConfig):
+  """Whether a sampler and a network go together.
+
+  Raises:
+    ValueError: for a `BlockCausal` cache with blocks other than those of the network's attention,
+      or not counted from the start of the row; for a cache or smoothing with a plain `DenoiseFn`.
+  """
+  if isinstance(config.cache, BlockCausal):
+    length = getattr(network, "block_length", None)
+    if length != config.block_length or not config.align_blocks:
+      raise ValueError(
+        "cache=BlockCausal() is for a network with block-causal attention of the same blocks: "
+        f"give Denoiser(config, block_length={config.block_length}), which is {length} here, and "
+        f"align_blocks=True, which is {config.align_blocks}"
+      )
+  if (config.cache.keeps or config.smoothing) and not hasattr(network, "read_window"):
+    raise ValueError(
+      f"{network!r} is a plain function of tokens: it keeps no keys and values and has no "
+      "embeddings; use cache=NoCache() and smoothing=None, or a lladax.models.Denoiser"
+    )
 
 
 def run(
-  denoise, params, canvas: Canvas, config, blocks: Blocks, seeds, *, mask_id: int, eos_id
+  denoise, params, canvas: Canvas, config, seeds, stop: Stop | None, *, mask_id: int, eos_id
 ) -> GenerateResult:
-  """One jitted decode. `answers` are the whole rows.
+  """Decodes block by block. `answers` are the whole rows.
 
   Raises:
     RuntimeError: if the unmasking rule left something masked.
   """
+  network = as_network(denoise)
+  check_network(network, config)
+  ids = Ids(mask=mask_id, eos=as_ids(eos_id))
   keys = row_keys(seeds, canvas.tokens.shape[0])
-  progress = jax.device_get(
-    decode(
-      denoise,
-      params,
-      canvas,
-      keys,
-      config=config,
-      blocks=blocks,
-      mask_id=mask_id,
-      eos_ids=as_ids(eos_id),
-    )
-  )
-  left = int(np.sum(progress.tokens == mask_id))
-  if left:
+  memory = empty_memory(network, params, canvas.tokens.shape, config)
+  state = start_state(canvas, keys, mask_id=mask_id, memory=memory)
+  ends = np.asarray(canvas.end)
+  columns = int(np.max(ends - canvas.column))
+  for block in range(canvas.num_blocks(config.block_length)):
+    rest = window_rest(config, columns - block * config.block_length)
+    state = decode_block(network, params, state, config=config, ids=ids, rest=rest)
+    if stop is not None:
+      state = stop_rows(state, stop, ids)
+    if (config.early_stop or stop is not None) and bool(jnp.all(state.column >= state.end)):
+      break
+  return collect(jax.device_get(state.replace(memory=None, keys=None)), config, mask_id)
+
+
+def empty_memory(network: Network, params, shape: tuple[int, int], config: SamplerConfig) -> Any:
+  """Room for the keys and values of a canvas [B, S]; None without a cache."""
+  if not config.cache.keeps:
+    return None
+  rows, length = shape[0] * (2 if config.cfg_scale else 1), shape[1]
+  whole, one = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((rows, length), (rows,)))
+
+  def read(params, tokens, at):
+    return network.read(params, tokens, tokens, tokens, at=at, width=1, keep=True)[1]
+
+  memory = jax.eval_shape(read, params, whole, one)
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)
+
+
+def stop_rows(state: State, stop: Stop, ids: Ids) -> State:
+  """Ends the rows that have written enough."""
+  tokens, first, column, end = jax.device_get((state.tokens, state.first, state.column, state.end))
+  ends = end.copy()
+  for row in range(len(tokens)):
+    if column[row] < end[row]:
+      answer = cut_at_eos(tokens[row, first[row] : column[row]].tolist(), ids.eos)
+      if stop(answer):
+        ends[row] = column[row]
+  return state.replace(end=jnp.asarray(ends))
+
+
+def collect(state: State, config: SamplerConfig, mask_id: int) -> GenerateResult:
+  """The result of finished rows, on the host."""
+  columns = np.arange(state.tokens.shape[1])
+  left = (state.tokens == mask_id) & (columns < state.end[:, None])
+  if left.any():
     raise RuntimeError(
-      f"{config.unmask} left {left} positions masked; a rule writes at least one position per "
-      "iteration while its budget is positive (see lladax.infer.unmasking.Unmask)"
+      f"{config.unmask} left {int(left.sum())} positions masked; a rule writes at least one "
+      "position per iteration while its budget is positive (see lladax.infer.unmasking.Unmask)"
     )
   result = GenerateResult(
-    tokens=progress.tokens,
-    is_text=np.asarray(canvas.segment_ids) != 0,
-    revealed_at=progress.revealed_at,
-    confidence=progress.confidence,
-    nfe=progress.iterations * (2 if config.cfg_scale else 1),
+    tokens=state.tokens,
+    is_text=(state.segment_ids != 0) & (state.tokens != mask_id),
+    revealed_at=state.revealed_at,
+    confidence=state.confidence,
+    nfe=state.nfe,
     answers=[],
     mask_id=mask_id,
   )

@@ -39,11 +39,13 @@ class Place:
 
   Attributes:
     start: int32[B], the first column of each row; None for a pass over all of them.
-    first: int32[B] or None: what is kept of columns before this one stays as it is.
+    first, end: int32[B] or None: of the columns of the pass, those in [first, end) replace what is
+      in memory; the others are computed against it and leave it as it is. None: all of them.
   """
 
   start: jax.Array | None = None
   first: jax.Array | None = None
+  end: jax.Array | None = None
 
 
 def take_columns(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
@@ -72,8 +74,8 @@ def insert(memory: KeyValues, new: KeyValues, place: Place) -> tuple[KeyValues, 
       return fresh
     size = fresh.shape[1]
     columns = place.start[:, None] + jnp.arange(size)
-    stays = (columns < place.first[:, None])[..., None, None]
-    return jnp.where(stays, take_columns(old, place.start, size), fresh)
+    inside = (columns >= place.first[:, None]) & (columns < place.end[:, None])
+    return jnp.where(inside[..., None, None], fresh, take_columns(old, place.start, size))
 
   new = jax.tree.map(merge, memory, new)
   return jax.tree.map(lambda old, own: put_columns(old, own, place.start), memory, new), new

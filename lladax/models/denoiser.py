@@ -89,7 +89,7 @@ class Denoiser:
     memory: Memory,
     start: jax.Array,
     size: int,
-    first: jax.Array | None = None,
+    refresh: tuple[jax.Array, jax.Array] | None = None,
     rows: jax.Array | None = None,
     soft: jax.Array | None = None,
   ) -> tuple[Logits, Memory]:
@@ -98,8 +98,8 @@ class Denoiser:
     Args:
       memory: from an earlier pass.
       start: int32[B], the first of the columns; start + size is at most S.
-      first: int32[B] or None: columns before this one are read and computed, and their memory
-        stays as it was.
+      refresh: int32[B] each, [first, end): of the columns of the pass, those whose memory changes;
+        None: all.
       rows: bool[B] or None: the rows whose memory changes.
       The rest as for `read`.
 
@@ -121,7 +121,7 @@ class Denoiser:
       width=width,
       soft=None if soft is None else take_columns(soft, start, size),
       memory=memory,
-      place=Place(start=start, first=first),
+      place=Place(start, *(refresh or ())),
     )
     return logits, remember(memory, new, start, rows)
 

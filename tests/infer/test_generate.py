@@ -40,7 +40,7 @@ def test_padding_of_prompts_changes_nothing(config):
   prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
   tight = run(prompts, config, seeds=[7, 9], prompt_multiple=1)
   wide = run(prompts, config, seeds=[7, 9], prompt_multiple=16)
-  assert tight.tokens.shape[1] == 5 + 8 and wide.tokens.shape[1] == 16 + 8
+  assert tight.tokens.shape[1] == 5 + 8 and wide.tokens.shape[1] == 16
   assert [tight.row(r) for r in range(2)] == [wide.row(r) for r in range(2)]
 
 
@@ -114,7 +114,7 @@ def test_answers_end_before_the_first_eos_and_the_canvas_is_whole():
 
 def test_the_context_is_filled_to_the_last_token():
   result = run([[1] * 5, [2]], GREEDY, max_length=13)
-  assert result.tokens.shape == (2, 13)  # and not 32 + 8
+  assert result.tokens.shape == (2, 13)  # and not 32
   assert len(result.row(0)) == 13
 
 

@@ -18,9 +18,11 @@ from lladax.infer import (
   generate,
 )
 from lladax.infer.canvas import prompt_canvas
-from lladax.infer.denoiser import guided_logits
 from lladax.infer.drawing import draw_tokens, token_probability
-from lladax.infer.sampler import reveal_budget
+from lladax.infer.generate import row_keys
+from lladax.infer.iteration import Ids, Step
+from lladax.infer.network import as_network
+from lladax.infer.state import start_state
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [], [5, 3, 5, 8, 9, 7, 9]]
 
@@ -111,12 +113,11 @@ def test_confidence_is_the_probability_without_noise():
   result = run([[1, 2, 3]], config, seeds=5)
   frames, final = result.frames(0), result.row(0)
   when, confidence = result.revealed_at[0], result.confidence[0]
-  pad = len(when) - len(final)
   for place in range(3, 7):
-    logits = numpy_denoise(frames[when[pad + place]]).astype(np.float64)[place]
+    logits = numpy_denoise(frames[when[place]]).astype(np.float64)[place]
     logits[MASK] = -np.inf
     expected = np.exp(logits[final[place]]) / np.exp(logits).sum()
-    np.testing.assert_allclose(confidence[pad + place], expected, rtol=1e-5)
+    np.testing.assert_allclose(confidence[place], expected, rtol=1e-5)
 
 
 def test_drawn_tokens_follow_the_tempered_distribution_like_the_published_formula():
@@ -165,13 +166,15 @@ def test_mask_is_never_written_even_if_the_network_prefers_it():
 
 def test_guidance_mixes_with_a_pass_that_does_not_see_what_was_given():
   canvas = prompt_canvas([[1, 2, 3]], 4, mask_id=MASK, pad_id=PAD, multiple=1)
-  given = canvas.tokens != MASK
   x = np.array([1, 2, 3, *[MASK] * 4])
   cond, un = numpy_denoise(x), numpy_denoise(np.where(x == MASK, x, MASK))
   for scale, expected in [(0.0, cond), (0.5, un + 1.5 * (cond - un))]:
-    logits = guided_logits(toy_denoise, PARAMS, canvas, given, 2, 4, cfg_scale=scale, mask_id=MASK)
-    np.testing.assert_allclose(logits[0, :, :MASK], expected[2:6, :MASK], rtol=1e-5, atol=1e-5)
-    assert (logits[..., MASK] == -jnp.inf).all()
+    config = SamplerConfig(gen_length=4, steps=4, block_length=4, cfg_scale=scale)
+    step = Step(as_network(toy_denoise), PARAMS, config, Ids(mask=MASK, eos=(EOS,)), 0)
+    block = step.begin(start_state(canvas, row_keys(0, 1), mask_id=MASK))
+    logits, memory = step.read(block, step.active(block))
+    assert memory is None
+    np.testing.assert_allclose(logits[0, :, :MASK], expected[3:, :MASK], rtol=1e-5, atol=1e-5)
 
 
 def test_eos_policies():
@@ -213,21 +216,9 @@ def test_token_probability_is_a_softmax_in_float32():
   np.testing.assert_allclose(token_probability(jnp.asarray(logits), tokens), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("masks,steps", [(10, 4), (3, 8), (16, 16), (0, 5), (7, 1)])
-def test_budget_is_masks_over_steps_with_the_remainder_first(masks, steps):
-  left, given_out = masks, []
-  for iteration in range(steps):
-    count = int(reveal_budget(jnp.array([masks]), jnp.array([left]), iteration, steps)[0])
-    given_out.append(count)
-    left -= count
-  assert left == 0
-  expected = [masks // steps + (i < masks % steps) for i in range(steps)]
-  assert given_out == expected
-
-
 def test_a_rule_that_writes_nothing_ends_with_an_error_that_names_it():
   class Idle(Unmask):
-    def __call__(self, confidence, masked, budget, key):
+    def __call__(self, confidence, masked, budget, key, iteration=None):
       return jnp.zeros_like(masked)
 
     def __repr__(self):

@@ -1,0 +1,351 @@
+"""One iteration of the decoding loop: read, draw, choose, write."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lladax.infer.config import SamplerConfig
+from lladax.infer.drawing import (
+  draw_tokens,
+  is_any,
+  remove_ids,
+  remove_ids_before,
+  token_probability,
+)
+from lladax.infer.network import Network
+from lladax.infer.state import State
+from lladax.models.cache import put_columns, take_columns
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ids:
+  """Special ids of a model."""
+
+  mask: int
+  eos: tuple[int, ...]
+
+
+@struct.dataclass
+class Block:
+  """Rows within a block.
+
+  Attributes:
+    state: the rows.
+    iteration: int32[], in the block, from 0.
+    at_start: int32[B], masks that the block began with.
+    changed: bool[B], whether the last iteration changed tokens that were written before it.
+    extra: int32[B], iterations since no mask was left.
+    credit: what `Credit` keeps; None without.
+    soft: [B, W, D], what smoothing adds to the embeddings of masks; None without.
+  """
+
+  state: State
+  iteration: jax.Array
+  at_start: jax.Array
+  changed: jax.Array
+  extra: jax.Array
+  credit: Any
+  soft: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What all iterations of a block share.
+
+  Attributes:
+    network, params: see `Network`.
+    config: how tokens are drawn and written.
+    ids: of the model.
+    rest: at least the columns from any row's block to its end.
+  """
+
+  network: Network
+  params: object
+  config: SamplerConfig
+  ids: Ids
+  rest: int
+
+  @property
+  def width(self) -> int:
+    return self.config.block_length
+
+  @property
+  def bound(self) -> int:
+    """Iterations after which a rule that keeps its contract is done, on every row."""
+    edit = self.config.edit
+    return max(self.config.steps_per_block, self.width) + (edit.extra_steps if edit else 0)
+
+  def begin(self, state: State) -> Block:
+    config, rows = self.config, len(state.column)
+    at_start = jnp.sum(self.masked(state), axis=1, dtype=jnp.int32)
+    credit = soft = None
+    if config.credit is not None or config.smoothing is not None:
+      logits, soft = jax.eval_shape(self._shapes, state)
+    if config.credit is not None:
+      credit = config.credit.init(rows, self.width, logits.shape[-1])
+    if config.smoothing is not None:
+      soft = jnp.zeros(soft.shape, soft.dtype)
+    return Block(
+      state=state,
+      iteration=jnp.int32(0),
+      at_start=at_start,
+      changed=at_start > 0,
+      extra=jnp.zeros(rows, jnp.int32),
+      credit=credit,
+      soft=soft if config.smoothing is not None else None,
+    )
+
+  def _shapes(self, state: State):
+    logits, _ = self.network.read(
+      self.params, state.tokens, state.positions, state.segment_ids, at=state.column,
+      width=self.width,
+    )  # fmt: skip
+    if self.config.smoothing is None:
+      return logits, None
+    return logits, self.network.embed_softly(self.params, logits)
+
+  def masked(self, state: State) -> jax.Array:
+    """bool[B, W], what is still to be written in the block of each row."""
+    window = take_columns(state.tokens, state.column, self.width)
+    return (window == self.ids.mask) & (state.column < state.end)[:, None]
+
+  def active(self, block: Block) -> jax.Array:
+    """bool[B], rows that have something to do."""
+    left = jnp.any(self.masked(block.state), axis=1)
+    if self.config.edit is None:
+      return left
+    return left | (block.changed & (block.extra < self.config.edit.extra_steps))
+
+  def iterate(self, block: Block) -> Block:
+    state, config = block.state, self.config
+    masked, active = self.masked(state), self.active(block)
+    keys = fold_in(fold_in(state.keys, state.block), jnp.full_like(state.block, block.iteration))
+    draw_keys, unmask_keys = split(keys)
+    logits, memory = self.read(block, active)
+    credit = block.credit
+    if config.credit is not None:
+      logits, credit = config.credit(credit, logits, masked)
+    logits = self._allowed(logits, state)
+    columns = state.column[:, None] + jnp.arange(self.width)
+    drawn = draw_tokens(
+      logits, draw_keys, columns, temperature=config.temperature, top_k=config.top_k,
+      top_p=config.top_p,
+    )  # fmt: skip
+    confidence = config.unmask.score(logits, drawn)
+    confidence = config.eos.confidence(confidence, drawn, self.ids.eos)
+    left = jnp.sum(masked, axis=1, dtype=jnp.int32)
+    budget = config.step_schedule(block.at_start, left, block.iteration, config.steps_per_block)
+    commit = config.unmask(confidence, masked, budget, unmask_keys, state.iterations)
+    commit = commit & masked & active[:, None]
+    remask = jnp.zeros_like(commit)
+    replace = remask
+    if config.edit is not None:
+      commit, replace, remask = self._edit(state, logits, drawn, confidence, masked, commit, active)
+    state = state.replace(memory=memory)
+    state = self._write(state, drawn, confidence, commit | replace, remask, active)
+    soft = block.soft
+    if config.smoothing is not None:
+      soft = self._soften(logits, state)
+    return block.replace(
+      state=state,
+      iteration=block.iteration + 1,
+      changed=jnp.any(replace | remask, axis=1) | (left > 0),
+      extra=block.extra + (active & (left == 0)),
+      credit=credit,
+      soft=soft,
+    )
+
+  def _allowed(self, logits: jax.Array, state: State) -> jax.Array:
+    """Logits without MASK and what else is not to be written now."""
+    config, eos = self.config, self.ids.eos
+    logits = remove_ids(logits, (self.ids.mask, *config.suppress))
+    if config.min_length:
+      columns = state.column[:, None] + jnp.arange(self.width)
+      logits = remove_ids_before(logits, eos, columns, state.first + config.min_length)
+    return config.eos.logits(logits, eos)
+
+  def _edit(self, state, logits, drawn, confidence, masked, commit, active):
+    tokens, given, segments = (
+      take_columns(x, state.column, self.width)
+      for x in (state.tokens, state.given, state.segment_ids)
+    )
+    editable = ~given & ~masked & (segments != 0) & active[:, None]
+    commit, replace, remask = self.config.edit(
+      tokens=tokens,
+      drawn=drawn,
+      confidence=confidence,
+      probability=jnp.where(masked, 0.0, token_probability(logits, tokens)),
+      masked=masked,
+      commit=commit,
+      editable=editable,
+    )
+    return commit & masked & active[:, None], replace & editable, remask & editable
+
+  def _write(self, state: State, drawn, confidence, written, remask, active) -> State:
+    """Puts tokens, or MASK, into the canvas and counts the iteration."""
+
+    def put(whole, new, blank):
+      old = take_columns(whole, state.column, self.width)
+      new = jnp.where(written, new, jnp.where(remask, blank, old))
+      return put_columns(whole, new, state.column)
+
+    return state.replace(
+      tokens=put(state.tokens, drawn, self.ids.mask),
+      revealed_at=put(state.revealed_at, state.iterations[:, None], -1),
+      confidence=put(state.confidence, confidence, 0.0),
+      iterations=state.iterations + active,
+      nfe=state.nfe + active * (2 if self.config.cfg_scale else 1),
+    )
+
+  def _soften(self, logits: jax.Array, state: State) -> jax.Array:
+    smoothing = self.config.smoothing
+    mean = self.network.embed_softly(self.params, smoothing.probabilities(logits))
+    weight = smoothing.at(state.iterations - 1)[:, None, None]
+    masked = self.masked(state)[..., None]
+    return jnp.where(masked, weight * mean, 0).astype(mean.dtype)
+
+  # --- Reading the network ---
+
+  def read(self, block: Block, active: jax.Array) -> tuple[jax.Array, Any]:
+    """Guided logits float32[B, W, V] of each row's block, and the memory afterwards."""
+    state, cache = block.state, self.config.cache
+    if not cache.keeps:
+      return self._guide(self._whole(block, keep=False)[0]), None
+    whole = cache.whole(block.iteration, state.iterations)
+    if cache.uniform:
+      logits, memory = jax.lax.cond(
+        jnp.any(whole),
+        lambda: self._whole(block, keep=True),
+        lambda: self._window(block, active),
+      )
+    else:
+      logits, memory = self._by_row(block, whole & active, ~whole & active)
+    return self._guide(logits), memory
+
+  def _by_row(self, block: Block, whole: jax.Array, window: jax.Array):
+    """Some rows read all, others their window. What one row needs changes nothing in the others."""
+    old = block.state.memory
+
+    def all_of_it():
+      logits, memory = self._whole(block, keep=True)
+      return logits, select_rows(self.twice(whole), memory, old)
+
+    def mixed():
+      logits, memory = self._whole(block, keep=True)
+      some, kept = self._window(block, window)
+      rows = self.twice(whole)
+      return jnp.where(rows[:, None, None], logits, some), select_rows(rows, memory, kept)
+
+    way = jnp.where(jnp.any(whole), jnp.where(jnp.any(window), 2, 1), 0)
+    return jax.lax.switch(way, (lambda: self._window(block, window), all_of_it, mixed))
+
+  def _whole(self, block: Block, *, keep: bool):
+    state = block.state
+    return self.network.read(
+      self.params, *self._inputs(state), at=self.twice(state.column), width=self.width,
+      soft=self._soft(block), keep=keep,
+    )  # fmt: skip
+
+  def _window(self, block: Block, rows: jax.Array):
+    state = block.state
+    length = state.tokens.shape[1]
+    before, size = self.config.cache.window(self.width, self.rest)
+    behind = max(0, self.network.look_behind - before)
+    before, size = before + behind, min(size + behind, length)
+    first = state.column - before
+    start = jnp.clip(first, 0, length - size)
+    return self.network.read_window(
+      self.params, *self._inputs(state), at=self.twice(state.column), width=self.width,
+      memory=state.memory, start=self.twice(start), size=size,
+      refresh=(self.twice(first), self.twice(first + size)), rows=self.twice(rows),
+      soft=self._soft(block),
+    )  # fmt: skip
+
+  def settle(self, state: State) -> State:
+    """Reads the finished blocks once more, for the keys and values of their final tokens."""
+    rows = (state.column + self.width < state.end) & (state.iterations > 0)
+    block = self.begin(state)
+
+    def read():
+      return self._window(block, rows)[1]
+
+    memory = jax.lax.cond(jnp.any(rows), read, lambda: state.memory)
+    passes = 2 if self.config.cfg_scale else 1
+    return state.replace(memory=memory, nfe=state.nfe + rows * passes)
+
+  def twice(self, x: jax.Array) -> jax.Array:
+    """Rows once more for guidance, where there is any."""
+    return jnp.concatenate([x, x]) if self.config.cfg_scale else x
+
+  def _inputs(self, state: State):
+    """Tokens, positions and segments; with guidance the second half sees MASK for what is given."""
+    tokens = state.tokens
+    if self.config.cfg_scale:
+      tokens = jnp.concatenate([tokens, jnp.where(state.given, self.ids.mask, tokens)])
+    return tokens, self.twice(state.positions), self.twice(state.segment_ids)
+
+  def _soft(self, block: Block):
+    if block.soft is None:
+      return None
+    shape = (*block.state.tokens.shape, block.soft.shape[-1])
+    return put_columns(jnp.zeros(shape, block.soft.dtype), block.soft, block.state.column)
+
+  def _guide(self, logits: jax.Array) -> jax.Array:
+    """un + (cfg_scale + 1) (cond - un): unsupervised guidance (SMDM, arXiv 2410.18514)."""
+    logits = logits.astype(jnp.float32)
+    if not self.config.cfg_scale:
+      return logits
+    cond, un = jnp.split(logits, 2)
+    return un + (self.config.cfg_scale + 1.0) * (cond - un)
+
+  # --- From block to block ---
+
+  def move_on(self, state: State) -> State:
+    """Rows at their next block; those that wrote EOS at their end, where that is asked for."""
+    moved = state.column < state.end
+    if self.config.early_stop:
+      state = self._stop(state)
+    column = jnp.where(moved, state.column + self.width, state.column)
+    return state.replace(
+      column=jnp.minimum(column, jnp.maximum(state.end, state.column)), block=state.block + moved
+    )
+
+  def _stop(self, state: State) -> State:
+    """Fills what follows an EOS of this block with EOS, and ends the row there."""
+    columns = jnp.arange(state.tokens.shape[1])
+    here = (columns >= state.column[:, None]) & (columns < state.column[:, None] + self.width)
+    ends = here & (columns < state.end[:, None]) & ~state.given & is_any(state.tokens, self.ids.eos)
+    ended = jnp.any(ends, axis=1)
+    at = jnp.argmax(ends, axis=1)[:, None]
+    token = jnp.take_along_axis(state.tokens, at, axis=1)
+    rest = ended[:, None] & (columns > at) & (columns < state.end[:, None]) & ~state.given
+    fill = rest & (state.tokens == self.ids.mask)
+    last = jnp.take_along_axis(state.revealed_at, at, axis=1)
+    return state.replace(
+      tokens=jnp.where(fill, token, state.tokens),
+      revealed_at=jnp.where(fill, last, state.revealed_at),
+      end=jnp.where(ended, jnp.minimum(state.end, state.column + self.width), state.end),
+    )
+
+
+def select_rows(rows: jax.Array, yes, no):
+  """Memory [n, B, ...] of `yes` in these rows, of `no` in the others."""
+
+  def select(a, b):
+    return jnp.where(rows.reshape(1, -1, *(1,) * (a.ndim - 2)), a, b)
+
+  return jax.tree.map(select, yes, no)
+
+
+def fold_in(keys: jax.Array, data: jax.Array) -> jax.Array:
+  return jax.vmap(jax.random.fold_in)(keys, data)
+
+
+def split(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+  pairs = jax.vmap(jax.random.split)(keys)  # [B, 2]
+  return pairs[:, 0], pairs[:, 1]

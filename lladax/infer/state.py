@@ -1,0 +1,79 @@
+"""Rows on their way from a canvas to a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lladax.infer.canvas import Canvas
+from lladax.types import BoolPerToken, PerToken, SegmentIds, Tokens
+
+
+@struct.dataclass
+class State:
+  """Rows that are decoded together, each at a place of its own. A row's position is its column.
+
+  Attributes:
+    tokens: int32[B, S].
+    segment_ids: int32[B, S], 1, and 0 on padding.
+    given: bool[B, S], text that never changes.
+    first: int32[B], the column after the prompt.
+    column: int32[B], where the next block begins.
+    end: int32[B], the column after the last one that is written. A row is done when its column has
+      reached it.
+    keys: [B], of the rows.
+    block: int32[B], blocks behind.
+    revealed_at: int32[B, S]. In which iteration of its row, from 0, a token was written (the last
+      time); -1 for what was given, for padding and for what is still masked.
+    confidence: float32[B, S]. With which confidence it was written; 0 where nothing was.
+    iterations: int32[B]. Iterations in which the row had something to write. Those that its
+      neighbours needed are not counted, so the number does not depend on them.
+    nfe: int32[B], passes of the network that the row needed.
+    memory: keys and values, of twice the rows with guidance; None before the first pass that keeps
+      them, and without a cache.
+  """
+
+  tokens: Tokens
+  segment_ids: SegmentIds
+  given: BoolPerToken
+  first: jax.Array
+  column: jax.Array
+  end: jax.Array
+  keys: jax.Array
+  block: jax.Array
+  revealed_at: jax.Array
+  confidence: PerToken
+  iterations: jax.Array
+  nfe: jax.Array
+  memory: Any
+
+  @property
+  def positions(self) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(self.tokens.shape[1]), self.tokens.shape)
+
+
+def start_state(canvas: Canvas, keys: jax.Array, *, mask_id: int, memory: Any = None) -> State:
+  """Rows before their first block."""
+  tokens = np.asarray(canvas.tokens)
+  shape, rows = tokens.shape, tokens.shape[0]
+  zeros = np.zeros(rows, np.int32)
+  state = State(
+    tokens=tokens,
+    segment_ids=canvas.segment_ids,
+    given=(tokens != mask_id) & (np.asarray(canvas.segment_ids) != 0),
+    first=canvas.first,
+    column=canvas.column,
+    end=canvas.end,
+    keys=keys,
+    block=zeros,
+    revealed_at=np.full(shape, -1, np.int32),
+    confidence=np.zeros(shape, np.float32),
+    iterations=zeros,
+    nfe=zeros,
+    memory=memory,
+  )
+  return jax.tree.map(lambda x: jnp.array(x), state)

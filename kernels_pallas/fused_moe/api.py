@@ -14,6 +14,23 @@ from kernels_pallas.fused_moe.quantize import QuantizedExperts, Weights
 IMPLEMENTATIONS = ("active_blocks", "pallas_tpu", "pallas_gpu", "reference")
 
 
+# Most tokens for which reading each expert's weights once is what takes the time, by platform. On a
+# CPU as measured (`active_blocks`); elsewhere a weight of 2 bytes is then used for 2 * T * k / E
+# operations, 64 at T 256 and LLaDA-MoE's k 8 of E 64, far from what either chip could do.
+FEW = {"cpu": 256, "tpu": 256, "cuda": 256}
+
+
+def is_faster(tokens: int, weights: Weights, dtype) -> bool:
+  """Whether `fused_moe` is the faster op on the platform that is traced for.
+
+  Args:
+    tokens: T.
+    weights: of the experts; eight bits would have to be converted for `expert_ffn` in every call.
+    dtype: of the activations.
+  """
+  return tokens <= FEW.get(op.target_platform(), 256)
+
+
 def fused_moe(
   x: jax.Array,
   gate_up: Weights,

@@ -24,6 +24,12 @@ class Plan:
   group_sizes: jax.Array
   dropped: jax.Array
 
+  @property
+  def experts(self) -> jax.Array:
+    """int32[T * k], the expert of each slot among these E; E if it has no place here."""
+    ends = jnp.cumsum(self.group_sizes)
+    return jnp.searchsorted(ends, self.inverse, side="right").astype(jnp.int32)
+
 
 def make_plan(
   experts: jax.Array, num_experts: int, *, first: int | jax.Array = 0, room: int | None = None

@@ -10,6 +10,11 @@ With T tokens of width D per device and N devices on the expert axis, a layer's 
 through each device: Fsdp E * 3 * D * F * (N - 1) / N numbers, Ring 2 * (N - 1) * T * D, the others
 2 * k * T * D * (N - 1) / N. Their buffers hold T * k rows in Fsdp and up to N * T * min(k, E / N) in
 the others, since all tokens may want one device; `buffer_factor` bounds that.
+
+Decoding has few tokens, so experts stay and tokens travel: `Ring`. Where the devices along the axis
+have the same tokens (a batch that does not divide) it is a sum over them, 2 * (N - 1) / N * T * D
+numbers for T tokens in all, as many as the ring moves for tokens of its own: there is nothing to
+gain from another exchange.
 """
 
 from __future__ import annotations
@@ -25,10 +30,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from kernels_pallas.expert_ffn import expert_ffn
-from kernels_pallas.op import vary_like
+from kernels_pallas.fused_moe import QuantizedExperts
+from kernels_pallas.fused_moe.quantize import Weights
 from kernels_pallas.permute import combine, dispatch
-from lladax.moe.dispatch import Plan, make_plan
+from lladax.moe.dispatch import make_plan
+from lladax.moe.local import compute_own, compute_planned
 from lladax.moe.route import AXIS, exchange_rows, first_expert, make_route
 from lladax.sharding import axes_of, gather, mesh_in_use, total
 
@@ -62,13 +68,27 @@ class Experts:
     """The axes over which devices differ in tokens or experts."""
     return self.rows | frozenset(self.split)
 
-  def whole_matrices(self, gate_up: jax.Array, down: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def whole_matrices(self, gate_up: Weights, down: Weights) -> tuple[Weights, Weights]:
     """A device's parts -> the whole matrices of its experts."""
     pairs = ((gate_up, self.gate_up), (down, self.down))
     matrices = (
-      gather(w, PartitionSpec(None, *lies[1:]), self.rows, whole=True) for w, lies in pairs
+      _gather(w, PartitionSpec(None, *lies[1:]), self.rows, whole=True) for w, lies in pairs
     )
     return tuple(matrices)
+
+
+def specs_of(weights: Weights, lies: PartitionSpec):
+  """How matrices [E, I, O] lie on the mesh: `lies`, and of `QuantizedExperts` the scales [E, O]."""
+  if isinstance(weights, QuantizedExperts):
+    return QuantizedExperts(values=lies, scales=PartitionSpec(lies[0], lies[2]))
+  return lies
+
+
+def _gather(weights: Weights, lies: PartitionSpec, over, *, whole: bool = False) -> Weights:
+  """`sharding.gather` of matrices [E, I, O], in as many bits as they are stored in."""
+  return jax.tree.map(
+    lambda w, lies: gather(w, lies, over, whole=whole), weights, specs_of(weights, lies)
+  )
 
 
 class Exchange(abc.ABC):
@@ -101,10 +121,10 @@ class Exchange(abc.ABC):
       x: [T, D], the device's tokens.
       weights: float32[T, k].
       experts: int32[T, k].
-      gate_up: the device's part of [E, D, 2F].
-      down: the device's part of [E, F, D].
+      gate_up: the device's part of [E, D, 2F], an array or `QuantizedExperts`.
+      down: the device's part of [E, F, D], likewise.
       place: how they lie.
-      implementation: of `kernels_pallas.expert_ffn`.
+      implementation: of `MoEConfig`.
 
     Returns:
       y [T, D] and int32[], the slots of all devices that no expert computed.
@@ -189,7 +209,7 @@ class _InPlace(Exchange):
 
     def gathered(x, weights, gate_up, down):
       lies = PartitionSpec(AXIS, None, None)  # the minor axis of place.split
-      gate_up, down = (gather(w, lies, place.rows) for w in (gate_up, down))
+      gate_up, down = (_gather(w, lies, place.rows) for w in (gate_up, down))
       tensor = tuple(axis for axis in place.split if axis != AXIS)
       y = _own_experts(x, weights, experts, gate_up, down, tensor, implementation)
       return total(y, tensor), NONE
@@ -233,7 +253,7 @@ class Ring(_InPlace):
   def exchange(self, x, weights, gate_up, down, route, implementation):
     tokens = x.shape[0]
     x, weights = _of_all(x), _of_all(weights)
-    y = _compute(x, weights, gate_up, down, route, implementation)
+    y = compute_planned(x, weights, gate_up, down, route, implementation)
     return lax.psum_scatter(y.reshape(-1, tokens, y.shape[1]), AXIS)
 
 
@@ -296,18 +316,11 @@ def _there_and_back(x, weights, gate_up, down, route, implementation, there, bac
   rows = there(dispatch(x, send.order, send.inverse, weights.shape[1]))
   plan = make_plan(route.experts[:, None], down.shape[0])
   ones = jnp.ones((rows.shape[0], 1), jnp.float32)
-  rows = back(_compute(rows, ones, gate_up, down, plan, implementation))
+  rows = back(compute_planned(rows, ones, gate_up, down, plan, implementation))
   return combine(rows, weights, send.order, send.inverse)
 
 
 def _own_experts(x, weights, experts, gate_up, down, split, implementation):
   """The share of y of the experts at hand, with room for all of their slots."""
-  count = down.shape[0]
-  plan = make_plan(experts, count, first=first_expert(split, count))
-  return _compute(x, weights, gate_up, down, plan, implementation)
-
-
-def _compute(x, weights, gate_up, down, plan: Plan, implementation):
-  x, gate_up, down, weights = vary_like((x, gate_up, down, weights), x, gate_up, down, weights)
-  slots = plan.order, plan.inverse, plan.group_sizes
-  return expert_ffn(x, gate_up, down, weights, *slots, implementation=implementation)
+  first = first_expert(split, down.shape[0])
+  return compute_own(x, weights, experts - first, gate_up, down, implementation)

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lladax.moe.expert_parallel import Exchange, Experts, Fsdp
+from kernels_pallas.fused_moe import QuantizedExperts
+from lladax.moe.expert_parallel import Exchange, Experts, Fsdp, specs_of
 from lladax.moe.router import Router, RouterStats, TopKSoftmax, router_stats
 from lladax.sharding import axes_in, joined, on_devices, spec
 from lladax.types import RowGroups
@@ -26,8 +27,9 @@ class MoEConfig:
       none (as in LLaDA-MoE-7B-A1B).
     router: logits -> weights and experts.
     exchange: how tokens and experts meet on a mesh.
-    implementation: of the experts' computation (`kernels_pallas.expert_ffn`); None chooses by
-      platform.
+    implementation: of the experts' computation. One of `kernels_pallas.expert_ffn`; None chooses by
+      platform. "fused_moe": `kernels_pallas.fused_moe`, which has no derivative. "inference": that
+      where it is faster (`kernels_pallas.fused_moe.is_faster`), else as None.
 
   Raises:
     ValueError: if k is not between 1 and E, or a width is not positive.
@@ -58,6 +60,7 @@ class MoELayer(nn.Module):
 
   Gate and up projections of an expert lie in one matrix [D, 2F], gate first. Router, dispatch and
   experts run in one `shard_map`; the statistics are of the whole batch, whatever the mesh.
+  Experts' weights may be `QuantizedExperts` (`lladax.models.quantize_params`), for inference.
   `valid`: bool[B, L], False on padding; `groups`: of the rows, for the statistics.
   """
 
@@ -98,8 +101,8 @@ class MoELayer(nn.Module):
         tokens,
         routing.weights,
         routing.experts,
-        gate_up.astype(x.dtype),
-        down.astype(x.dtype),
+        _in_dtype(gate_up, x.dtype),
+        _in_dtype(down, x.dtype),
         experts,
         implementation=config.implementation,
       )
@@ -112,13 +115,34 @@ class MoELayer(nn.Module):
 
     return on_devices(
       local,
-      (rows, whole, experts.gate_up, experts.down, whole, joined(*rows[:2]), joined(rows[0])),
+      (
+        *(rows, whole, specs_of(gate_up, experts.gate_up), specs_of(down, experts.down)),
+        *(whole, joined(*rows[:2]), joined(rows[0])),
+      ),
       (rows, whole),
       *(x, router, gate_up, down, bias, valid, groups),
     )
 
   def _param(self, name, shape, axes, dtype=None):
+    if self.has_variable("params", name):
+      given = nn.meta.unbox(self.get_variable("params", name))
+      if isinstance(given, QuantizedExperts):
+        return _checked(name, given, shape)
     init = nn.initializers.normal(self.initializer_range)
     return self.param(
       name, nn.with_logical_partitioning(init, axes), shape, dtype or self.param_dtype
     )
+
+
+def _in_dtype(weights, dtype):
+  return weights if isinstance(weights, QuantizedExperts) else weights.astype(dtype)
+
+
+def _checked(name: str, weights: QuantizedExperts, shape: tuple[int, ...]) -> QuantizedExperts:
+  scales = (shape[0], shape[2])
+  if weights.shape != shape or weights.scales.shape != scales:
+    raise ValueError(
+      f"quantized {name} has values {weights.shape} and scales {weights.scales.shape}; this config "
+      f"has {shape} and {scales}"
+    )
+  return weights

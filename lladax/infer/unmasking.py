@@ -36,7 +36,7 @@ class Unmask(abc.ABC):
     masked: jax.Array,
     budget: jax.Array,
     key: jax.Array,
-    iteration: jax.Array | None = None,
+    iteration: jax.Array,
   ) -> jax.Array:
     """Positions to write now.
 
@@ -72,7 +72,7 @@ class LowConfidence(Unmask):
   def __post_init__(self):
     check_temperature(self.alg_temp)
 
-  def __call__(self, confidence, masked, budget, key, iteration=None):
+  def __call__(self, confidence, masked, budget, key, iteration):
     return best(perturbed(confidence, self.alg_temp, key), masked, budget)
 
 
@@ -108,7 +108,7 @@ class Entropy(LowConfidence):
 class Random(Unmask):
   """`budget` positions uniformly at random (LLaDA's random remasking)."""
 
-  def __call__(self, confidence, masked, budget, key, iteration=None):
+  def __call__(self, confidence, masked, budget, key, iteration):
     return best(uniform(key, masked.shape[1]), masked, budget)
 
 
@@ -120,7 +120,7 @@ class Origin(Unmask):
   Dream spends a pass that writes nothing; here one position, each as likely, is written.
   """
 
-  def __call__(self, confidence, masked, budget, key, iteration=None):
+  def __call__(self, confidence, masked, budget, key, iteration):
     draws = uniform(key, masked.shape[1])
     share = budget / jnp.maximum(jnp.sum(masked, axis=1), 1)
     return (masked & (draws < share[:, None])) | best(-draws, masked, budget > 0)
@@ -149,7 +149,7 @@ class Threshold(Unmask):
   def __post_init__(self):
     check_thresholds(self, "threshold", "start", "decay", "slack")
 
-  def __call__(self, confidence, masked, budget, key, iteration=None):
+  def __call__(self, confidence, masked, budget, key, iteration):
     sure = confidence >= falling(self.threshold, self.start, self.decay, iteration)
     if self.slack:
       known = jnp.where(masked & ~jnp.isnan(confidence), confidence, -jnp.inf)
@@ -173,7 +173,7 @@ class ThresholdOrBudget(Unmask):
   def __post_init__(self):
     check_thresholds(self, "threshold")
 
-  def __call__(self, confidence, masked, budget, key, iteration=None):
+  def __call__(self, confidence, masked, budget, key, iteration):
     sure = masked & (confidence > self.threshold)
     return sure | best(confidence, masked, jnp.maximum(budget, 1))
 
@@ -197,7 +197,7 @@ class Factor(Unmask):
     if not (math.isfinite(self.factor) and self.factor >= 0):
       raise ValueError(f"factor is a finite number of at least 0; got {self.factor}")
 
-  def __call__(self, confidence, masked, budget, key, iteration=None):
+  def __call__(self, confidence, masked, budget, key, iteration):
     order, rank = ranking(confidence, masked)
     ordered = jnp.take_along_axis(confidence, order, axis=1)
     places = jnp.arange(1, masked.shape[1] + 1)
@@ -234,7 +234,7 @@ class Hierarchical(Unmask):
         "threshold is written anyway, so give a lower low_threshold"
       )
 
-  def __call__(self, confidence, masked, budget, key, iteration=None):
+  def __call__(self, confidence, masked, budget, key, iteration):
     sure = confidence > falling(self.threshold, self.start, self.decay, iteration)
     lead = best_of_runs(confidence, masked) & (confidence > self.low_threshold)
     return (masked & (sure | lead)) | most_confident(confidence, masked)

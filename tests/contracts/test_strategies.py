@@ -4,6 +4,7 @@ Classes are found by search, so a new one is tested as soon as its module is imp
 defaults for its fields, and no test file.
 """
 
+import functools
 import inspect
 
 import hypothesis
@@ -17,7 +18,7 @@ import lladax.diffusion
 import lladax.infer
 from lladax.diffusion import Normalization, Objective, Schedule, TimeSampler, Weighting
 from lladax.diffusion.forward import time_key
-from lladax.infer import EosPolicy, Unmask
+from lladax.infer import Edit, EosPolicy, StepSchedule, Unmask
 from lladax.types import Batch
 
 
@@ -43,7 +44,9 @@ def of(kind: type):
     (TimeSampler, 4),
     (Weighting, 2),
     (Normalization, 3),
-    (Unmask, 2),
+    (Unmask, 9),
+    (StepSchedule, 2),
+    (Edit, 2),
     (EosPolicy, 3),
   ],
 )
@@ -130,29 +133,147 @@ def test_divisors_are_at_least_one_and_never_spoil_the_weights(strategy, maskabl
   np.testing.assert_array_equal(weights > 0, noised.is_masked)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def row_keys(rows: int, seed: int):
   return jax.vmap(lambda r: jax.random.fold_in(jax.random.key(seed), r))(jnp.arange(rows))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def unmask(strategy, confidence, masked, budget, keys, iteration):
+  return strategy(confidence, masked, budget, keys, iteration)
+
+
 @of(Unmask)
 @hypothesis.settings(max_examples=30, deadline=None)
-@hypothesis.given(seed=st.integers(0, 2**31), masked_rate=st.sampled_from([0.0, 0.2, 0.7, 1.0]))
+@hypothesis.given(seed=st.integers(0, 2**30), masked_rate=st.sampled_from([0.0, 0.2, 0.7, 1.0]))
 def test_a_rule_writes_only_what_is_masked_and_makes_progress(strategy, seed, masked_rate):
   rng = np.random.default_rng(seed)
   rows, width = 3, 8
   masked = rng.random((rows, width)) < masked_rate
-  confidence = rng.choice([-1.0, 0.0, 0.25, 0.5, 0.999, 1.0], size=(rows, width))
-  budget = rng.integers(0, width + 1, size=rows).astype(np.int32)
-  args = jnp.float32(confidence), jnp.asarray(masked), jnp.asarray(budget)
-  commit = np.asarray(strategy(*args, row_keys(rows, seed)))
+  levels = [-1.0, 0.0, 0.25, 0.5, 0.9, 0.999, 1.0, np.nan, -np.inf]
+  confidence = rng.choice(levels, size=(rows, width)).astype(np.float32)
+  budget = rng.choice([0.0, 0.4, 1.0, 1.6, 3.0, width], size=rows).astype(np.float32)
+  iteration = rng.integers(0, 60, size=rows).astype(np.int32)
+  keys = row_keys(rows, seed)
+  commit = np.asarray(unmask(strategy, confidence, masked, budget, keys, iteration))
   assert commit.shape == masked.shape and commit.dtype == bool
   assert not (commit & ~masked).any()
-  due = masked.any(axis=1) & (budget > 0)
+  due = masked.any(axis=1) & (budget >= 1)
   assert (commit.any(axis=1) >= due).all()
-  # A row's choice is its own: the same when it stands alone.
+  # A row's choice is its own, whatever the others hold.
   row = seed % rows
-  alone = strategy(*(x[row : row + 1] for x in args), row_keys(rows, seed)[row : row + 1])
-  np.testing.assert_array_equal(alone[0], commit[row])
+  mine = np.arange(rows) == row
+  others = rng.random((rows, width)).astype(np.float32), np.ones_like(masked), budget[::-1]
+  mixed = unmask(
+    strategy,
+    np.where(mine[:, None], confidence, others[0]),
+    np.where(mine[:, None], masked, others[1]),
+    np.where(mine, budget, others[2]),
+    jnp.where(mine, keys, row_keys(rows, seed + 1)),
+    np.where(mine, iteration, 7),
+  )
+  np.testing.assert_array_equal(mixed[row], commit[row])
+  # What is not masked does not matter, nor how much of it there is.
+  other = np.where(masked, confidence, rng.choice(levels, size=masked.shape))
+  other = np.pad(other.astype(np.float32), ((0, 0), (0, 4)), constant_values=1.0)
+  wide = unmask(strategy, other, np.pad(masked, ((0, 0), (0, 4))), budget, keys, iteration)
+  np.testing.assert_array_equal(wide, np.pad(commit, ((0, 0), (0, 4))))
+
+
+@of(Unmask)
+def test_a_score_is_of_its_position_alone_and_needs_no_mask(strategy):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(3, 5, 9)).astype(np.float32) * 6
+  logits[..., 8] = -np.inf  # MASK
+  drawn = rng.integers(0, 8, size=(3, 5)).astype(np.int32)
+  read = jax.jit(strategy.score)
+  score = np.asarray(read(logits, drawn))
+  assert score.shape == drawn.shape and score.dtype == np.float32
+  assert np.isfinite(score).all() and (score <= 1 + 1e-6).all()
+  elsewhere = rng.normal(size=logits.shape).astype(np.float32)
+  elsewhere[1, 3] = logits[1, 3]
+  assert np.asarray(read(elsewhere, drawn))[1, 3] == score[1, 3]
+  np.testing.assert_allclose(read(logits + 3, drawn), score, rtol=1e-4, atol=1e-6)
+  certain = np.where(np.arange(9) == 4, np.float32(50), logits)
+  assert (np.asarray(read(certain, np.full_like(drawn, 4))) >= score - 1e-6).all()
+
+
+@of(Unmask)
+def test_every_rule_with_every_schedule_ends_in_time(strategy):
+  rows, width, steps = 4, 8, 11
+  confidence = np.random.default_rng(0).random((rows, width)).astype(np.float32)
+  start = np.arange(width) < np.array([[8], [5], [1], [0]])
+
+  @jax.jit
+  def left_over():
+    def iterate(schedule, masked, iteration):
+      count = functools.partial(jnp.sum, axis=1, dtype=jnp.int32)
+      budget = schedule(count(start), count(masked), iteration, steps)
+      keys = row_keys(rows, iteration)
+      choice = strategy(confidence, masked, budget, keys, jnp.full(rows, iteration))
+      return masked & ~choice, None
+
+    return [
+      jax.lax.scan(functools.partial(iterate, schedule), jnp.asarray(start), jnp.arange(steps))[0]
+      for schedule in strategies(StepSchedule)
+    ]
+
+  assert not np.asarray(left_over()).any()
+
+
+@of(StepSchedule)
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_a_schedule_gives_out_what_there_is_and_no_more(strategy, steps):
+  budget_of = jax.jit(lambda *args: strategy(*args, steps))
+  at_start = np.array([0, 1, 7, 8, 40], np.int32)
+  left, given_out = at_start.copy(), np.zeros(5, np.int32)
+  for iteration in range(steps + 2):
+    budget = np.asarray(budget_of(at_start, left, iteration))
+    assert budget.shape == (5,) and (budget >= 0).all() and (budget <= left).all()
+    by_row = budget_of(at_start, left, np.full(5, iteration))  # rows may be at different ones
+    np.testing.assert_array_equal(by_row, budget)
+    if iteration >= steps - 1:
+      np.testing.assert_array_equal(budget, left)
+    left, given_out = left - budget.astype(int), given_out + budget.astype(int)
+  np.testing.assert_array_equal(given_out, at_start)
+  again = budget_of(at_start[::-1].copy(), left[::-1].copy(), 0)  # a row's own, whatever the order
+  np.testing.assert_array_equal(again[::-1], budget_of(at_start, left, 0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def edit(strategy, state):
+  return strategy(**state)
+
+
+@of(Edit)
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(seed=st.integers(0, 2**30), masked_rate=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_an_edit_touches_only_what_was_written_and_lets_masks_fall(strategy, seed, masked_rate):
+  rng = np.random.default_rng(seed)
+  rows, shape = 4, (4, 9)
+  masked = rng.random(shape) < masked_rate
+  state = {
+    "tokens": rng.integers(0, 3, size=shape).astype(np.int32),
+    "drawn": rng.integers(0, 3, size=shape).astype(np.int32),
+    "confidence": rng.random(shape).astype(np.float32),
+    "probability": np.where(masked, 0, rng.random(shape)).astype(np.float32),
+    "masked": masked,
+    "commit": masked & (rng.random(shape) < rng.random()),
+    "editable": ~masked & (rng.random(shape) < rng.random()),
+  }
+  commit, replace, remask = (np.asarray(x) for x in edit(strategy, state))
+  assert (commit & state["commit"] == state["commit"]).all() and not (commit & ~masked).any()
+  assert not ((replace | remask) & ~state["editable"]).any() and not (replace & remask).any()
+  falls = commit.sum(axis=1) - remask.sum(axis=1)
+  assert (falls[masked.any(axis=1) & state["commit"].any(axis=1)] > 0).all()
+  done = ~masked.any(axis=1)
+  assert not remask[done].any()  # a block that is written stays written
+  if not strategy.extra_steps:
+    assert not replace[done].any()
+  mine = np.arange(rows)[:, None] == seed % rows
+  full = {name: np.where(mine, value, 1).astype(value.dtype) for name, value in state.items()}
+  for whole, own in zip((commit, replace, remask), edit(strategy, full), strict=True):
+    np.testing.assert_array_equal(own[seed % rows], whole[seed % rows])
 
 
 @of(EosPolicy)

@@ -1,0 +1,198 @@
+"""Laws of the caches on a small network: what is exact, what is the row's own, what is refused."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lladax.infer import (
+  BlockCausal,
+  Credit,
+  DualCache,
+  EditTokens,
+  Entropy,
+  Hierarchical,
+  NoCache,
+  PrefixCache,
+  RemaskLow,
+  SamplerConfig,
+  Smoothing,
+  Threshold,
+  Vicinity,
+  generate,
+)
+from lladax.infer.caching import Cache
+from lladax.models import Denoiser, init_params, tiny
+
+MASK, EOS, PAD = 30, 31, 31
+CONFIG = dataclasses.replace(
+  tiny(),
+  vocab_size=32,
+  hidden_size=32,
+  num_hidden_layers=2,
+  max_position_embeddings=128,
+  mask_token_id=MASK,
+  eos_token_id=EOS,
+  pad_token_id=PAD,
+  initializer_range=0.3,  # so that what is written depends on what is there
+)
+PARAMS = init_params(CONFIG, jax.random.key(3))
+# None of them empty: on a canvas of masks alone all positions tie, and rounding chooses.
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1], [4]]
+BASE = SamplerConfig(gen_length=16, steps=16, block_length=8)
+CACHES = (
+  PrefixCache(), DualCache(), DualCache(refresh_every=2), Vicinity(before=3, after=2, warmup=2)
+)  # fmt: skip
+
+
+def run(config, prompts=PROMPTS, *, network=None, params=PARAMS, **options):
+  network = Denoiser(CONFIG) if network is None else network
+  return generate(
+    network, params, prompts, config, mask_id=MASK, eos_id=EOS, pad_id=PAD, prompt_multiple=16,
+    **options,
+  )  # fmt: skip
+
+
+def texts(result):
+  return [result.row(r) for r in range(len(result.tokens))]
+
+
+@pytest.mark.parametrize(
+  "cache",
+  [DualCache(refresh_every=1), pytest.param(PrefixCache(refresh_every=1), marks=pytest.mark.slow)],
+)
+def test_refreshed_in_every_step_is_no_cache(cache):
+  plain, cached = run(BASE), run(dataclasses.replace(BASE, cache=cache))
+  assert texts(cached) == texts(plain)
+  np.testing.assert_array_equal(cached.nfe, plain.nfe)
+  np.testing.assert_allclose(cached.confidence, plain.confidence, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift):
+  config = dataclasses.replace(CONFIG, shift=shift)
+  network = Denoiser(config)
+  tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 30)
+  segments = jnp.ones((2, 24), jnp.int32).at[1, 20:].set(0)
+  positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
+  at, canvas = jnp.array([4, 11]), (tokens, positions, segments)
+  logits, memory = jax.jit(functools.partial(network.read, width=8, keep=True))(
+    PARAMS, *canvas, at=at
+  )
+  start = at - network.look_behind
+  window, kept = jax.jit(
+    functools.partial(network.read_window, width=8, size=8 + network.look_behind)
+  )(PARAMS, *canvas, at=at, memory=memory, start=start)
+  np.testing.assert_allclose(window, logits, atol=2e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), kept, memory)
+  everywhere = network(PARAMS, tokens, positions, segments)
+  for row in range(2):
+    np.testing.assert_allclose(logits[row], everywhere[row, at[row] : at[row] + 8], atol=2e-5)
+  # Changed columns change what is kept of them, and of no others; rows that are left out keep all.
+  changed = (jnp.where(tokens == 5, 6, 5), positions, segments)
+  _, kept = jax.jit(functools.partial(network.read_window, width=8, size=8))(
+    PARAMS, *changed, at=at, memory=memory, start=at, refresh=(at + 2, at + 5),
+    rows=jnp.array([True, False]),
+  )  # fmt: skip
+  for old, new in zip(jax.tree.leaves(memory), jax.tree.leaves(kept), strict=True):
+    differs = np.abs(np.asarray(old - new)).max((0, 3, 4)) > 0  # [B, S]
+    assert differs[0].nonzero()[0].tolist() == [6, 7, 8] and not differs[1].any()
+
+
+def test_block_causal_cache_is_exact():
+  network = Denoiser(CONFIG, block_length=8)
+  config = dataclasses.replace(BASE, gen_length=24, steps=24, align_blocks=True)
+  plain = run(config, network=network)
+  cached = run(dataclasses.replace(config, cache=BlockCausal()), network=network)
+  assert texts(cached) == texts(plain)
+  np.testing.assert_allclose(cached.confidence, plain.confidence, atol=1e-5)
+  # One pass more for each finished block that another follows.
+  blocks = [-(-(len(p) % 8 + 24) // 8) for p in PROMPTS]
+  np.testing.assert_array_equal(cached.nfe, plain.nfe + np.array(blocks) - 1)
+
+
+SAMPLERS = {
+  "dual": {"cache": DualCache(), "unmask": Threshold(0.3)},
+  "prefix": {"cache": PrefixCache(), "unmask": Entropy(alg_temp=0.5), "temperature": 0.7},
+  "vicinity": {
+    "cache": Vicinity(before=3, after=2, warmup=2), "unmask": Threshold(0.2, start=1.0, decay=0.1),
+    "smoothing": Smoothing(), "early_stop": True,
+  },
+  "guided": {"cache": DualCache(refresh_every=3), "cfg_scale": 1.0, "credit": Credit()},
+  "edited": {"unmask": Hierarchical(0.3, 0.1), "edit": EditTokens(0.1), "top_p": 0.9},
+  "remasked": {"unmask": Threshold(0.05), "edit": RemaskLow(0.3), "cache": DualCache()},
+}  # fmt: skip
+
+
+SHORT = ("dual", "vicinity")
+
+
+@pytest.mark.parametrize(
+  "name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in SAMPLERS]
+)
+def test_a_row_is_decoded_as_if_it_were_alone(name):
+  config = dataclasses.replace(BASE, **SAMPLERS[name])
+  lengths = [16, 5, 9]
+  together = run(config, seeds=5, gen_lengths=lengths)
+  assert not (together.row(0).count(MASK) or together.row(1).count(MASK))
+  for row, prompt in enumerate(PROMPTS):
+    alone = run(config, [prompt], seeds=5 + row, gen_lengths=lengths[row : row + 1])
+    assert alone.row(0) == together.row(row)
+    assert together.row(row)[: len(prompt)] == prompt
+    assert len(together.row(row)) == len(prompt) + lengths[row]
+    assert alone.nfe[0] == together.nfe[row]
+    np.testing.assert_array_equal(alone.frames(0), together.frames(row))
+
+
+@pytest.mark.slow
+def test_block_causal_rows_are_their_own():
+  network = Denoiser(CONFIG, block_length=8)
+  config = dataclasses.replace(
+    BASE, align_blocks=True, cache=BlockCausal(), unmask=Threshold(0.3), temperature=0.5
+  )
+  together = run(config, network=network, seeds=2)
+  for row, prompt in enumerate(PROMPTS):
+    alone = run(config, [prompt], network=network, seeds=2 + row)
+    assert (alone.row(0), alone.nfe[0]) == (together.row(row), together.nfe[row])
+
+
+@pytest.mark.slow
+def test_the_caches_are_not_all_the_same():
+  """Else the laws above would hold of caches that are never read."""
+  results = {str(texts(run(dataclasses.replace(BASE, cache=c)))) for c in (NoCache(), *CACHES)}
+  assert len(results) >= 3
+
+
+def test_passes_are_counted_by_what_the_policy_reads():
+  config = dataclasses.replace(BASE, cache=Vicinity(before=3, after=2, warmup=2))
+  assert run(config).nfe.tolist() == [16] * 3
+  assert run(dataclasses.replace(config, cfg_scale=0.5)).nfe.tolist() == [32] * 3
+
+
+def test_smoothing_of_weight_zero_is_none_and_of_more_is_not():
+  plain = run(BASE)
+  none = run(dataclasses.replace(BASE, smoothing=Smoothing(weight=0.0)))
+  some = run(dataclasses.replace(BASE, smoothing=Smoothing(weight=0.9, start=0.9)))
+  assert texts(none) == texts(plain) != texts(some)
+
+
+def test_what_does_not_go_together_is_refused():
+  with pytest.raises(ValueError, match="block_length=8.*which is None here"):
+    run(dataclasses.replace(BASE, cache=BlockCausal()))
+  with pytest.raises(ValueError, match="keeps no keys and values"):
+    run(dataclasses.replace(BASE, cache=DualCache()), network=lambda *a: None)
+  with pytest.raises(ValueError, match="refresh_every is at least 1.*got 0"):
+    DualCache(refresh_every=0)
+  with pytest.raises(ValueError, match="warmup is at least 0; got -1"):
+    Vicinity(warmup=-1)
+
+
+def test_every_policy_is_a_value_and_reads_the_whole_first():
+  for cache in (*CACHES, NoCache(), BlockCausal()):
+    assert isinstance(cache, Cache) and type(cache)(**vars(cache)) == cache
+    hash(cache)
+    zeros = jnp.zeros(3, jnp.int32)
+    assert cache.whole(jnp.int32(0), zeros).all()

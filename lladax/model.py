@@ -23,6 +23,7 @@ from lladax.hub import Chat, Source, save_folder
 from lladax.infer import GenerateResult, SamplerConfig
 from lladax.infer import generate as generate_ids
 from lladax.infer import infill as infill_ids
+from lladax.infer.engine import Engine
 from lladax.models import Denoiser, ModelConfig, Transformer, bind_token_nll
 from lladax.sharding import use_mesh
 from lladax.types import Batch, Logits
@@ -65,7 +66,7 @@ class Model:
     if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
       raise ValueError(f"expected integer ids [B, L] or [L], got {tokens.dtype}{tokens.shape}")
     self._check_ids(rows)
-    with self._on_mesh():
+    with self.on_mesh():
       logits = _logits(self.config, self.params, jnp.asarray(rows, jnp.int32))
     return logits[0] if tokens.ndim == 1 else logits
 
@@ -145,6 +146,35 @@ class Model:
       messages = [{"role": "user", "content": messages}]
     return self.conversation.encode(messages, **options)
 
+  def engine(self, *, sampler: SamplerConfig | None = None, slots: int, length: int) -> Engine:
+    """Decodes requests that come and go, block by block; see `lladax.infer.engine`.
+
+    It is made and used on the mesh of the parameters: inside `with model.on_mesh():`.
+
+    Args:
+      sampler: how to decode; default `self.sampler`.
+      slots: requests at a time.
+      length: room for a prompt and its answer.
+
+    Raises:
+      ValueError: for a model without a mask token, or more room than it has positions for.
+    """
+    self._check_mask()
+    if length > self.config.max_position_embeddings:
+      raise ValueError(
+        f"a length of {length} is more than the context of {self.config.max_position_embeddings}"
+      )
+    return Engine(
+      Denoiser(self.config),
+      self.params,
+      sampler or self.sampler,
+      slots=slots,
+      length=length,
+      mask_id=self.config.mask_token_id,
+      eos_ids=(self.config.eos_token_id, *self.stop_ids),
+      pad_id=self.config.pad_token_id,
+    )
+
   def infill(
     self, text: str, *, sampler: SamplerConfig | None = None, seed: int | Sequence[int] = 0
   ) -> str:
@@ -202,7 +232,7 @@ class Model:
     if self.config.mask_token_id in ids:
       raise ValueError(f"prompt or answer contains the mask id {self.config.mask_token_id}")
     batch = _scoring_batch(ids, len(prompt), self.config.pad_token_id)
-    with self._on_mesh():
+    with self.on_mesh():
       return float(_log_likelihood(self.config, self.params, batch, seed, mc_num=mc_num)[0])
 
   def save(self, path: str | os.PathLike, *, format: str = "hf", **options: Any) -> None:
@@ -229,7 +259,8 @@ class Model:
       **options,
     )
 
-  def _on_mesh(self):
+  def on_mesh(self) -> contextlib.AbstractContextManager:
+    """The context in which the parameters are used."""
     return contextlib.nullcontext() if self.mesh is None else use_mesh(self.mesh)
 
   @property
@@ -237,6 +268,10 @@ class Model:
     if self.tokenizer is None:
       raise ValueError("this model has no tokenizer: pass ids, or give Model a tokenizer")
     return self.tokenizer
+
+  def _check_mask(self):
+    if self.config.mask_token_id is None:
+      raise ValueError("this model has no mask token, so there is nothing to unmask; it can score")
 
   def _check_ids(self, rows: np.ndarray):
     vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
@@ -248,9 +283,8 @@ class Model:
   def _decode(self, decode, rows, sampler, seed) -> GenerateResult:
     for row in rows:
       self._check_ids(np.asarray(row, np.int64)[None])
-    if self.config.mask_token_id is None:
-      raise ValueError("this model has no mask token, so there is nothing to unmask; it can score")
-    with self._on_mesh():
+    self._check_mask()
+    with self.on_mesh():
       return decode(
         Denoiser(self.config),
         self.params,

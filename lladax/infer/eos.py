@@ -45,9 +45,11 @@ class NoEosLogits(EosPolicy):
 class LowEosConfidence(EosPolicy):
   """EOS is written after everything else (LLaDA's `confidence_eos_eot_inf`).
 
-  The confidence of a drawn EOS falls by 1, below that of every other token. The reference sets it
-  to -inf; the ranking is the same but for the order among EOS themselves, which there is undefined.
+  The confidence of a drawn EOS falls by 16, below that of every other token: a probability is at
+  least 0, the lowest score of `Entropy` is -log V, above -16 for fewer than 8 million tokens. The
+  reference sets it to -inf; the ranking is the same but for the order among EOS themselves, which
+  there is undefined.
   """
 
   def confidence(self, confidence, tokens, eos_ids):
-    return jnp.where(is_any(tokens, eos_ids), confidence - 1.0, confidence)
+    return jnp.where(is_any(tokens, eos_ids), confidence - 16.0, confidence)

@@ -18,7 +18,7 @@ import lladax.diffusion
 import lladax.infer
 from lladax.diffusion import Normalization, Objective, Schedule, TimeSampler, Weighting
 from lladax.diffusion.forward import time_key
-from lladax.infer import Edit, EosPolicy, StepSchedule, Unmask
+from lladax.infer import Edit, EosPolicy, LowEosConfidence, StepSchedule, Unmask
 from lladax.types import Batch
 
 
@@ -196,6 +196,15 @@ def test_a_score_is_of_its_position_alone_and_needs_no_mask(strategy):
   np.testing.assert_allclose(read(logits + 3, drawn), score, rtol=1e-4, atol=1e-6)
   certain = np.where(np.arange(9) == 4, np.float32(50), logits)
   assert (np.asarray(read(certain, np.full_like(drawn, 4))) >= score - 1e-6).all()
+
+
+@of(Unmask)
+def test_an_end_that_is_discouraged_comes_after_everything_else(strategy):
+  """However flat the rest and however sure the end, in the scale of every score."""
+  drawn = jnp.array([[3, 5]])
+  logits = jnp.zeros((1, 2, 160_000)).at[0, 1, 5].set(90.0)
+  lowered = LowEosConfidence().confidence(strategy.score(logits, drawn), drawn, (5, 7))
+  assert lowered[0, 1] < lowered[0, 0]
 
 
 @of(Unmask)

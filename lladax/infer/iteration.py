@@ -136,11 +136,12 @@ class Step:
       logits, draw_keys, columns, temperature=config.temperature, top_k=config.top_k,
       top_p=config.top_p,
     )  # fmt: skip
-    confidence = config.unmask.score(logits, drawn)
-    confidence = config.eos.confidence(confidence, drawn, self.ids.eos)
+    # Rules rank by a score of their own; what is recorded and what edits go by is a probability.
+    confidence = token_probability(logits, drawn)
+    score = config.eos.confidence(config.unmask.score(logits, drawn), drawn, self.ids.eos)
     left = jnp.sum(masked, axis=1, dtype=jnp.int32)
     budget = config.step_schedule(block.at_start, left, block.iteration, config.steps_per_block)
-    commit = config.unmask(confidence, masked, budget, unmask_keys, state.iterations)
+    commit = config.unmask(score, masked, budget, unmask_keys, state.iterations)
     commit = commit & masked & active[:, None]
     remask = jnp.zeros_like(commit)
     replace = remask

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_denoise as toy
 
-from lladax.infer import EditTokens, RemaskLow
+from lladax.infer import EditTokens, Entropy, LowEosConfidence, RemaskLow, SamplerConfig, generate
 
 MASK = 9
 
@@ -80,6 +81,23 @@ def test_what_was_given_is_never_in_doubt_and_a_written_block_stays():
   args = {"drawn": [7, 5], "confidence": [0.1, 0.5]}
   assert apply(RemaskLow(), tokens=[1, MASK], commit=[1], given=[0], **args) == [[1], [], []]
   assert apply(RemaskLow(), tokens=[1, 2], commit=[], **args) == [[], [], []]
+
+
+@pytest.mark.parametrize("edit", [None, EditTokens(0.3, extra_steps=3), RemaskLow(0.3)])
+def test_the_loop_records_probabilities_and_edits_go_by_them_whatever_the_rule_ranks_by(edit):
+  """Entropies are at most 0 and a discouraged end has less still: neither is a probability."""
+  config = SamplerConfig(
+    gen_length=12, steps=12, block_length=12, unmask=Entropy(), eos=LowEosConfidence(), edit=edit
+  )
+  prompts, ids = [[1, 2, 3], [4]], {"mask_id": toy.MASK, "eos_id": toy.EOS, "pad_id": toy.PAD}
+  result = generate(toy.toy_denoise, toy.PARAMS, prompts, config, **ids)
+  written = result.revealed_at >= 0
+  assert written.sum() == 24 and not (result.tokens == toy.MASK).any()
+  assert (result.confidence[written] > 0).all() and (result.confidence <= 1).all()
+  for row, prompt in enumerate(prompts):
+    assert result.row(row)[: len(prompt)] == prompt
+  if isinstance(edit, EditTokens):  # with scores instead of probabilities nothing would pass
+    assert (result.revealed_at >= result.nfe[:, None] - 3).any() and (result.nfe > 12).all()
 
 
 @pytest.mark.parametrize(

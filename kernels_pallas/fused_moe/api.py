@@ -14,21 +14,30 @@ from kernels_pallas.fused_moe.quantize import QuantizedExperts, Weights
 IMPLEMENTATIONS = ("active_blocks", "pallas_tpu", "pallas_gpu", "reference")
 
 
-# Most tokens for which reading each expert's weights once is what takes the time, by platform. On a
-# CPU as measured (`active_blocks`); elsewhere a weight of 2 bytes is then used for 2 * T * k / E
-# operations, 64 at T 256 and LLaDA-MoE's k 8 of E 64, far from what either chip could do.
-FEW = {"cpu": 256, "tpu": 256, "cuda": 256}
+# Slots per expert, on average, up to which `fused_moe` takes less time than `expert_ffn`. On a CPU as
+# measured (see `active_blocks`). On accelerators a weight of 2 bytes is then used in 64 operations,
+# far from what they could do while they read it.
+FEW = 32
+FEW_CONVERTED = 128  # on a CPU in bfloat16 or eight bits
+MOST_TOKENS = 512  # what a TPU's kernel has room for
 
 
-def is_faster(tokens: int, weights: Weights, dtype) -> bool:
+def is_faster(tokens: int, k: int, weights: Weights, dtype) -> bool:
   """Whether `fused_moe` is the faster op on the platform that is traced for.
 
   Args:
     tokens: T.
-    weights: of the experts; eight bits would have to be converted for `expert_ffn` in every call.
+    k: experts per token.
+    weights: gate_up or down.
     dtype: of the activations.
   """
-  return tokens <= FEW.get(op.target_platform(), 256)
+  few = FEW
+  if op.target_platform() == "cpu":
+    exact = jnp.dtype(dtype) == jnp.float32 and not isinstance(weights, QuantizedExperts)
+    few = FEW if exact else FEW_CONVERTED
+  elif tokens > MOST_TOKENS:
+    return False
+  return tokens * k <= few * weights.shape[0]
 
 
 def fused_moe(

@@ -4,6 +4,7 @@ from lladax.models.attention import AttentionMask, block_causal, full, padding, 
 from lladax.models.cache import Memory
 from lladax.models.config import ModelConfig, ParameterCount, count_parameters
 from lladax.models.denoiser import Denoiser
+from lladax.models.inference import for_inference
 from lladax.models.presets import (
   PROXIES,
   QWEN2_5,
@@ -17,6 +18,7 @@ from lladax.models.presets import (
   qwen2_5,
   tiny,
 )
+from lladax.models.quantized import quantize_params
 from lladax.models.transformer import (
   Transformer,
   abstract_params,
@@ -41,6 +43,7 @@ __all__ = [
   "count_load",
   "count_parameters",
   "dream_7b",
+  "for_inference",
   "full",
   "init_params",
   "init_variables",
@@ -51,6 +54,7 @@ __all__ = [
   "padding",
   "proxy",
   "proxy_25m",
+  "quantize_params",
   "qwen2_5",
   "segments",
   "tiny",

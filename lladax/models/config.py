@@ -55,6 +55,8 @@ class ModelConfig:
       backward pass too, whatever rounding does), "keep_attention_and_routing".
     scan_unroll: layers unrolled per iteration of the scan over layers; it trades compile time
       for speed.
+    stacked: the parameters of all layers of a kind are one stack, which a loop runs through. Otherwise
+      each layer has its own and nothing is copied, for inference (`lladax.models.for_inference`).
 
   Raises:
     ValueError: naming the field, its value and what was expected.
@@ -86,6 +88,7 @@ class ModelConfig:
   param_dtype: str = "float32"
   remat: str = "none"
   scan_unroll: int = 1
+  stacked: bool = True
 
   def __post_init__(self):
     for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):

@@ -77,6 +77,23 @@ class Layer(nn.Module):
     return constrain(x, "batch", "length", "activation"), (stats, kept)
 
 
+class Unstacked(nn.Module):
+  """The layers one by one, each with parameters of its own; called as a scanned `Layer` is."""
+
+  config: ModelConfig
+  routed: bool
+  length: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, memory: KeyValues | None, *rest):
+    results = []
+    for n in range(self.length):
+      own = jax.tree.map(lambda stack, n=n: stack[n], memory)
+      x, result = Layer(self.config, self.routed, name=f"layer_{n}")(x, own, *rest)
+      results.append(result)
+    return x, jax.tree.map(lambda *each: jnp.stack(each), *results)
+
+
 class Transformer(nn.Module):
   """Tokens to logits, or to the weighted negative log-likelihood of targets.
 
@@ -105,6 +122,8 @@ class Transformer(nn.Module):
       self.lm_head = _Head(config)
 
   def _stack(self, *, routed: bool, length: int):
+    if not self.config.stacked:
+      return Unstacked(self.config, routed, length)
     layer = Layer
     if self.config.remat != "none":
       layer = nn.remat(layer, policy=REMAT[self.config.remat], prevent_cse=False)

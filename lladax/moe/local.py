@@ -36,7 +36,7 @@ def compute_own(
     down: [E, F, D].
     implementation: of `MoEConfig`.
   """
-  if takes_fused(implementation, x, down):
+  if takes_fused(implementation, x, weights, down):
     return _fused(x, weights, experts, gate_up, down)
   plan = make_plan(experts, down.shape[0])
   return _ffn(x, weights, gate_up, down, plan, implementation)
@@ -51,15 +51,17 @@ def compute_planned(
   implementation: str | None,
 ) -> jax.Array:
   """`compute_own` for the slots that a plan has room for."""
-  if takes_fused(implementation, x, down):
+  if takes_fused(implementation, x, weights, down):
     return _fused(x, weights, plan.experts.reshape(weights.shape), gate_up, down)
   return _ffn(x, weights, gate_up, down, plan, implementation)
 
 
-def takes_fused(implementation: str | None, x: jax.Array, down: Weights) -> bool:
+def takes_fused(
+  implementation: str | None, x: jax.Array, weights: jax.Array, down: Weights
+) -> bool:
   """Whether `fused_moe` computes x [T, D]: where it is named, or faster and nothing is trained."""
   if implementation == INFERENCE:
-    return is_faster(x.shape[0], down, x.dtype)
+    return is_faster(*weights.shape, down, x.dtype)
   return implementation == FUSED
 
 

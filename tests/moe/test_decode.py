@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.fused_moe import QuantizedExperts, api, quantize
+from kernels_pallas import op
+from kernels_pallas.fused_moe import QuantizedExperts, api, is_faster, quantize
 from lladax.moe import AllToAll, Exchange, Fsdp, MoEConfig, MoELayer, Ragged, Ring
 from lladax.moe import local as moe_local
 from lladax.sharding import MeshConfig, make_mesh, param_shardings, partition, use_mesh
@@ -78,14 +79,29 @@ def test_the_same_layer_by_the_op_for_few_tokens():
   assert_close(layer(config, PARAMS, X), layer(CONFIG, PARAMS, X))
 
 
-def test_few_tokens_take_the_one_op_and_many_the_other(monkeypatch):
-  monkeypatch.setattr(api, "FEW", {"cpu": 8})
-  for tokens, few in ((1, True), (8, True), (9, False), (4096, False)):
-    x = jnp.zeros((tokens, D))
-    assert moe_local.takes_fused("inference", x, PARAMS["down"]) == few
-    assert moe_local.takes_fused("fused_moe", x, PARAMS["down"])
-    for other in (None, "live_blocks", "ragged_dot"):
-      assert not moe_local.takes_fused(other, x, PARAMS["down"])
+def test_few_tokens_take_the_one_op_and_many_the_other():
+  """Up to so many slots per expert; more where weights would have to be converted."""
+  for tokens, k, few, few_converted in (
+    (1, 3, True, True),
+    (E * api.FEW, 1, True, True),
+    (E * api.FEW + 1, 1, False, True),
+    (E * api.FEW, 2, False, True),
+    (E * api.FEW_CONVERTED + 1, 1, False, False),
+  ):
+    x, weights = jnp.zeros((tokens, D)), jnp.zeros((tokens, k))
+    for down, expected in ((PARAMS["down"], few), (quantized(PARAMS)["down"], few_converted)):
+      assert moe_local.takes_fused("inference", x, weights, down) == expected
+      assert moe_local.takes_fused("fused_moe", x, weights, down)
+      for other in (None, "live_blocks", "ragged_dot"):
+        assert not moe_local.takes_fused(other, x, weights, down)
+    low = x.astype(jnp.bfloat16)
+    assert moe_local.takes_fused("inference", low, weights, PARAMS["down"]) == few_converted
+
+
+def test_a_kernel_with_room_for_few_tokens_is_not_asked_for_many():
+  with op.target("TPU v5"):
+    for tokens, few in ((256, True), (512, True), (513, False)):
+      assert is_faster(tokens, 1, jax.ShapeDtypeStruct((64, 8, 8), jnp.bfloat16), "bfloat16") == few
 
 
 def test_training_is_refused():

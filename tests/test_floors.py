@@ -32,6 +32,9 @@ FLOORS |= {
   "lladax": {"model", "loading"},
   "hub.__main__": {"lladax", "model", *BELOW},  # the command
   "generate": {"lladax", "model", *BELOW},  # the command
+  "chat": {"lladax", "model", *BELOW},  # the command
+  "serve": {"model", *BELOW},
+  "serve.__main__": {"lladax", "serve", "model", *BELOW},  # the command
   "average": {"train", "config"},  # the command
   "host": BELOW,
 }
@@ -43,7 +46,7 @@ FLOORS["experiments"] = {*FLOORS}
 
 
 # A command inside a package stands above it.
-COMMANDS = {"lladax.hub.__main__"}
+COMMANDS = {"lladax.hub.__main__", "lladax.serve.__main__"}
 
 
 def room(module: str) -> str:

@@ -1,0 +1,24 @@
+"""An HTTP server in the manner of OpenAI's: requests, continuous batching, answers as they grow."""
+
+from lladax.serve.answers import Answer
+from lladax.serve.app import make_app
+from lladax.serve.metrics import Metrics
+from lladax.serve.protocol import Ask, Limits, RequestError, parse_chat, parse_completion
+from lladax.serve.scheduler import Job, QueueFull, Scheduler, Stopping
+from lladax.serve.served import Served
+
+__all__ = [
+  "Answer",
+  "Ask",
+  "Job",
+  "Limits",
+  "Metrics",
+  "QueueFull",
+  "RequestError",
+  "Scheduler",
+  "Served",
+  "Stopping",
+  "make_app",
+  "parse_chat",
+  "parse_completion",
+]

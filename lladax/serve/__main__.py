@@ -1,0 +1,121 @@
+"""Serve a model over HTTP, in the manner of OpenAI's API, with a page that shows the denoising.
+
+python -m lladax.serve --model=runs/tiny_text
+python -m lladax.serve --model=inclusionAI/LLaDA-MoE-7B-A1B-Instruct --dtype=bfloat16 --slots=8
+
+Then open http://127.0.0.1:8000/ or point any OpenAI client at http://127.0.0.1:8000/v1.
+LLADAX_API_KEY in the environment is asked of every client. Ctrl-C or SIGTERM ends the server once
+the answers that it has begun are done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+import lladax
+from lladax.config import ConfigError, fields_help, override
+from lladax.infer import SamplerConfig
+from lladax.sharding import MeshConfig
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string(
+  "model",
+  None,
+  "Workdir of a run or one of its checkpoints, a Hugging Face folder or id, or a folder that "
+  "`python -m lladax.hub import` wrote.",
+  required=True,
+)
+flags.DEFINE_string("name", None, "What clients call the model. Default: the last part of --model.")
+flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for every one.")
+flags.DEFINE_integer("port", 8000, "Port to listen at; 0 for a free one.")
+flags.DEFINE_integer(
+  "slots", 8, "Answers decoded together, for each sampler in use.", lower_bound=1
+)
+flags.DEFINE_integer("max_queue", 64, "Answers that may wait; more are refused.", lower_bound=1)
+flags.DEFINE_integer(
+  "max_samplers", 4, "Samplers in use at a time; each has slots of its own.", lower_bound=1
+)
+flags.DEFINE_integer(
+  "length", None, "Tokens of prompt and answer. Default: the model's context, at most 4096."
+)
+flags.DEFINE_integer("max_tokens", 1024, "Most tokens of one answer.", lower_bound=1)
+flags.DEFINE_integer("max_answers", 16, "Most answers to one request.", lower_bound=1)
+flags.DEFINE_integer("max_body", 1 << 20, "Most bytes of a request.", lower_bound=1)
+flags.DEFINE_bool("open_sampler", False, "Let requests set any field of the sampler.")
+flags.DEFINE_float("drain_seconds", 30.0, "Time for the last answers when the server ends.")
+flags.DEFINE_bool("warm_up", True, "Compile before the first request comes.")
+flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights. Default: as saved.")
+flags.DEFINE_multi_string(
+  "mesh",
+  [],
+  "Devices that share the model, as axis=size, e.g. --mesh=data=1 --mesh=expert=8. Default: one. "
+  "Axes:\n" + fields_help(MeshConfig()),
+)
+flags.DEFINE_multi_string(
+  "set", [], "Field of the sampler as name=value. Fields:\n" + fields_help(SamplerConfig())
+)
+
+
+def main(_):
+  logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of every file it reads
+  try:
+    import uvicorn
+
+    from lladax.serve import Limits, Metrics, Scheduler, Served, make_app
+  except ImportError as error:
+    sys.exit(f"error: {error}; the server needs more packages: pip install 'lladax[serve]'")
+  try:
+    mesh = override(MeshConfig(), FLAGS.mesh) if FLAGS.mesh else None
+    model = lladax.load(FLAGS.model, mesh=mesh, dtype=FLAGS.dtype)
+    model.sampler = override(model.sampler, FLAGS.set)
+    name = FLAGS.name or pathlib.PurePath(FLAGS.model).name
+    length = FLAGS.length or min(model.config.max_position_embeddings, 4096)
+    served = Served(model=model, name=name, length=length, open_sampler=FLAGS.open_sampler)
+    served.check()
+    limits = Limits(max_tokens=FLAGS.max_tokens, rows=FLAGS.max_answers, body_bytes=FLAGS.max_body)
+  except (ConfigError, ValueError) as error:
+    sys.exit(f"error: {error}")
+  metrics = Metrics()
+  scheduler = Scheduler(
+    lambda config: model.engine(sampler=config, slots=FLAGS.slots, length=length),
+    max_queue=FLAGS.max_queue,
+    max_lanes=FLAGS.max_samplers,
+    context=model.on_mesh,
+    metrics=metrics,
+  )
+  application = make_app(
+    served,
+    scheduler,
+    metrics=metrics,
+    limits=limits,
+    api_key=os.environ.get("LLADAX_API_KEY") or None,
+    drain_seconds=FLAGS.drain_seconds,
+    warm_up=FLAGS.warm_up,
+  )
+  server = uvicorn.Server(
+    uvicorn.Config(
+      application,
+      host=FLAGS.host,
+      port=FLAGS.port,
+      log_level="warning",
+      timeout_graceful_shutdown=round(FLAGS.drain_seconds),
+    )
+  )
+  socket = server.config.bind_socket()
+  port = socket.getsockname()[1]
+  print(f"{name}: compiling", file=sys.stderr, flush=True)
+  application.state.ready = lambda: print(
+    f"{name}: http://{FLAGS.host}:{port}/ (for clients: /v1)", file=sys.stderr, flush=True
+  )
+  with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes it on once it has shut down
+    server.run(sockets=[socket])
+
+
+if __name__ == "__main__":
+  app.run(main)

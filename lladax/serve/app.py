@@ -1,0 +1,245 @@
+"""The HTTP side: OpenAI's paths, a page that shows the denoising, health and metrics.
+
+Whoever wants to see the denoising puts "frames": true into a request: every answer, and every piece
+of a streamed one, then has a field "denoising" that tells for each token when it was written and
+with which confidence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from lladax.infer.replay import PLAYER, STYLE
+from lladax.serve.metrics import Metrics
+from lladax.serve.protocol import Ask, Limits, RequestError, parse_chat, parse_completion
+from lladax.serve.scheduler import Job, QueueFull, Scheduler, Stopping
+from lladax.serve.served import Served
+from lladax.serve.writing import Rows, Style, chat_style, completion_style
+
+DEFAULT_LIMITS = Limits()
+PAGE = pathlib.Path(__file__).with_name("page.html")
+# The page and what it does come in one piece and talk to this server only.
+PAGE_POLICY = (
+  "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+)
+
+
+def make_app(
+  served: Served,
+  scheduler: Scheduler,
+  *,
+  metrics: Metrics,
+  limits: Limits = DEFAULT_LIMITS,
+  api_key: str | None = None,
+  drain_seconds: float = 30.0,
+  warm_up: bool = False,
+) -> FastAPI:
+  """The application. It starts the scheduler and stops it when it is shut down.
+
+  Args:
+    api_key: asked of every client under /v1; None: of none.
+    drain_seconds: time for answers that are being decoded when it is shut down.
+    warm_up: whether a block is decoded before the first request is taken, so that what most
+      requests need is compiled. `app.state.ready`, where set, is called afterwards.
+  """
+
+  @contextlib.asynccontextmanager
+  async def lifespan(app: FastAPI):
+    scheduler.start()
+    if warm_up:
+      await served.warm_up(scheduler)
+    if hasattr(app.state, "ready"):
+      app.state.ready()
+    yield
+    await asyncio.to_thread(scheduler.stop, timeout=drain_seconds)
+
+  # Without FastAPI's pages about the paths: they load scripts from elsewhere.
+  app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+
+  async def read(request: Request, parse: Callable[[object, Limits], Ask]) -> Ask:
+    check_key(request)
+    if not scheduler.alive:
+      raise RequestError("the server is shutting down", status=503, code="unavailable")
+    ask = parse(await read_json(request, limits.body_bytes), limits)
+    if ask.model not in (None, served.name):
+      raise RequestError(
+        f"there is no model {ask.model!r} here; there is {served.name!r}",
+        status=404,
+        param="model",
+        code="model_not_found",
+      )
+    return ask
+
+  def check_key(request: Request):
+    if api_key is None:
+      return
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    if not hmac.compare_digest(given.encode(), api_key.encode()):
+      raise RequestError(
+        "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+        status=401,
+        code="invalid_api_key",
+      )
+
+  async def answer(request: Request, ask: Ask, style: Style) -> Response:
+    # Tokenizers take their time with a long text; the event loop has others to serve.
+    rows = await asyncio.to_thread(submit, ask, asyncio.get_running_loop())
+    if ask.stream:
+      head = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+      stream = rows.stream(request, style)
+      return StreamingResponse(stream, media_type="text/event-stream", headers=head)
+    tree = await rows.whole(request, style)
+    return JSONResponse(tree) if tree is not None else Response(status_code=499)
+
+  def submit(ask: Ask, loop: asyncio.AbstractEventLoop) -> Rows:
+    config = served.config(ask)
+    rows = Rows(ask, loop, scheduler.cancel, metrics)
+    jobs: list[Job] = []
+    for index, (made, answer, prompt) in enumerate(served.requests(ask, config)):
+      job = Job(config=config, request=made, listen=rows.listener(index))
+      rows.add(job, answer, prompt)
+      jobs.append(job)
+    try:
+      scheduler.submit(jobs)
+    except QueueFull as error:
+      raise RequestError(str(error), status=429, code="queue_full") from None
+    except Stopping as error:
+      raise RequestError(str(error), status=503, code="unavailable") from None
+    return rows
+
+  @app.post("/v1/completions")
+  async def completions(request: Request):
+    ask = await read(request, parse_completion)
+    return await answer(request, ask, completion_style(served.name))
+
+  @app.post("/v1/chat/completions")
+  async def chat_completions(request: Request):
+    ask = await read(request, parse_chat)
+    if served.model.conversation is None:
+      raise RequestError(
+        f"{served.name!r} has no chat template: it was trained on text; use /v1/completions",
+        param="messages",
+        code="no_chat_template",
+      )
+    return await answer(request, ask, chat_style(served.name))
+
+  @app.get("/v1/models")
+  async def models(request: Request):
+    check_key(request)
+    return {"object": "list", "data": [served.about()]}
+
+  @app.get("/v1/models/{name:path}")
+  async def model(request: Request, name: str):
+    check_key(request)
+    if name != served.name:
+      raise RequestError(f"there is no model {name!r}", status=404, code="model_not_found")
+    return served.about()
+
+  @app.get("/health")
+  async def health():
+    tree = {
+      "status": "ok" if scheduler.alive else "stopping",
+      "waiting": scheduler.waiting,
+      "active": scheduler.active,
+    }
+    return JSONResponse(tree, status_code=200 if scheduler.alive else 503)
+
+  @app.get("/metrics")
+  async def numbers():
+    return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+  @app.get("/")
+  async def page():
+    return HTMLResponse(page_html(), headers={"Content-Security-Policy": PAGE_POLICY})
+
+  add_errors(app)
+  add_counting(app, metrics)
+  return app
+
+
+def page_html() -> str:
+  """The page with the player of the replays in it."""
+  text = PAGE.read_text(encoding="utf-8")
+  parts = {"/* player.css */": STYLE, "/* player.js */": PLAYER}
+  for mark, path in parts.items():
+    text = text.replace(mark, path.read_text(encoding="utf-8"))
+  return text
+
+
+async def read_json(request: Request, most: int) -> object:
+  """The body as JSON.
+
+  Raises:
+    RequestError: for one that is too long or is not JSON.
+  """
+  body = bytearray()
+  async for piece in request.stream():
+    body += piece
+    if len(body) > most:
+      raise RequestError(
+        f"the body is longer than {most} bytes", status=413, code="request_too_large"
+      )
+  try:
+    return json.loads(body)
+  except (ValueError, RecursionError) as error:
+    raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from None
+
+
+def add_errors(app: FastAPI):
+  """Every error in OpenAI's form."""
+
+  @app.exception_handler(RequestError)
+  async def refused(_, error: RequestError):
+    head = {"Retry-After": "1"} if error.status in (429, 503) else None
+    return JSONResponse(error.to_tree(), status_code=error.status, headers=head)
+
+  @app.exception_handler(HTTPException)
+  async def no_such_path(request: Request, error: HTTPException):
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    tree = RequestError(message, status=error.status_code, code="not_found").to_tree()
+    return JSONResponse(tree, status_code=error.status_code)
+
+  @app.exception_handler(Exception)
+  async def failed(_, error: Exception):
+    # What went wrong is in the log; a client gets no look inside.
+    tree = RequestError("the server failed on this request", status=500, code="failed").to_tree()
+    return JSONResponse(tree, status_code=500)
+
+
+class _Counting:
+  """ASGI middleware that counts requests by path and status, streamed ones with their last byte."""
+
+  def __init__(self, app, metrics: Metrics, paths: Sequence[str]):
+    self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
+
+  async def __call__(self, scope, receive, send):
+    if scope["type"] != "http":
+      return await self._app(scope, receive, send)
+    begin, status = time.monotonic(), 500
+
+    async def noting(message):
+      nonlocal status
+      if message["type"] == "http.response.start":
+        status = message["status"]
+      await send(message)
+
+    try:
+      await self._app(scope, receive, noting)
+    finally:
+      path = scope["path"] if scope["path"] in self._paths else "other"
+      self._metrics.answered(path, status, time.monotonic() - begin)
+
+
+def add_counting(app: FastAPI, metrics: Metrics):
+  paths = [getattr(route, "path", "") for route in app.routes]
+  app.add_middleware(_Counting, metrics=metrics, paths=paths)

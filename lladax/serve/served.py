@@ -1,0 +1,173 @@
+"""A model under a name: what a request means for it, in ids and a sampler."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import time
+
+from lladax.config import ConfigError, override
+from lladax.infer import SamplerConfig, engine
+from lladax.model import Model
+from lladax.serve.answers import Answer
+from lladax.serve.protocol import Ask, RequestError
+from lladax.serve.scheduler import Job, Scheduler
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Served:
+  """A model under a name.
+
+  Attributes:
+    model: with a tokenizer.
+    name: what requests call it.
+    length: of an engine's canvas: prompt and answer in whole blocks.
+    open_sampler: whether requests may set any field of the sampler. Every new combination is
+      compiled, which takes the engine's thread seconds to minutes.
+    created: seconds since 1970.
+  """
+
+  model: Model
+  name: str
+  length: int
+  open_sampler: bool = False
+  created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+  def check(self):
+    """Raises ValueError for a model that cannot be served, or a length that it cannot have."""
+    model, block = self.model, self.model.sampler.block_length
+    if model.tokenizer is None:
+      raise ValueError("this model has no tokenizer: there is no text to serve")
+    if model.config.mask_token_id is None:
+      raise ValueError("this model has no mask token, so there is nothing to unmask")
+    context = model.config.max_position_embeddings
+    if not block < self.length <= context:
+      raise ValueError(
+        f"length lies between one block of {block} tokens and the model's context of {context}; "
+        f"got {self.length}"
+      )
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    return (self.model.config.eos_token_id, *self.model.stop_ids)
+
+  def about(self) -> dict:
+    """The model as OpenAI lists it, and what a client may want to know besides."""
+    return {
+      "id": self.name,
+      "object": "model",
+      "created": self.created,
+      "owned_by": "lladax",
+      "context_length": self.length,
+      "chat": self.model.conversation is not None,
+      "sampler": repr(self.model.sampler),
+    }
+
+  def config(self, ask: Ask) -> SamplerConfig:
+    """How a request is decoded.
+
+    Raises:
+      RequestError: for fields of the sampler that it may not set, or that make no sense.
+    """
+    if ask.sampler and not self.open_sampler:
+      raise RequestError(
+        "sampler: this server decides how it decodes; start it with --open_sampler to let requests",
+        param="sampler",
+        code="unsupported",
+      )
+    try:
+      config = override(self.model.sampler, ask.sampler)
+      changes = {"temperature": ask.temperature, "top_p": ask.top_p}
+      changes = {name: value for name, value in changes.items() if value is not None}
+      # An answer ends at its end of text, whatever would follow.
+      return dataclasses.replace(config, early_stop=True, **changes)
+    except (ConfigError, ValueError) as error:
+      raise RequestError(f"sampler: {error}", param="sampler", code="invalid_value") from None
+
+  def rows(self, ask: Ask) -> list[tuple[list[int], list[int] | None]]:
+    """Ids of each prompt, and of what follows the answer if anything does.
+
+    Raises:
+      RequestError: for text or ids that the model cannot read.
+    """
+    model, special = self.model, self.model.config.mask_token_id
+    encode = model.tokenizer.encode
+    try:
+      suffix = None if ask.suffix is None else encode(ask.suffix)
+      if ask.messages:
+        return [(model.chat_prompt(ask.messages), suffix)]
+      rows = [encode(p) if isinstance(p, str) else list(p) for p in ask.prompts]
+    except ValueError as error:
+      param = "messages" if ask.messages else "prompt"
+      raise RequestError(str(error), param=param, code="invalid_value") from None
+    vocabulary = model.config.vocab_size
+    for row in rows:
+      bad = next((i for i in row if not 0 <= i < vocabulary or i == special), None)
+      if bad is not None:
+        raise RequestError(
+          f"prompt: id {bad} is MASK or outside the vocabulary of {vocabulary}; for text to be "
+          "filled in between use suffix",
+          param="prompt",
+          code="invalid_value",
+        )
+    return [(row, suffix) for row in rows]
+
+  def requests(self, ask: Ask, config: SamplerConfig) -> list[tuple[engine.Request, Answer, int]]:
+    """For each answer: what the engine gets, where the answer is collected, the prompt's length.
+
+    Raises:
+      RequestError: for prompts that do not fit.
+    """
+    length = ask.max_tokens or config.gen_length
+    block = config.block_length
+    whole = -(-length // block) * block  # the engine writes whole blocks; what is more is cut
+    mask = self.model.config.mask_token_id
+    seed = secrets.randbits(31) if ask.seed is None else ask.seed
+    made = []
+    for number, (row, suffix) in enumerate(self.rows(ask)):
+      fixed = len(row) + len(suffix or ())
+      room = self.length - (length if suffix is not None else whole)
+      if fixed > room:
+        raise RequestError(
+          f"this model's context is {self.length} tokens; the prompt has {fixed} and max_tokens is "
+          f"{length} (in whole blocks of {block}): at most {max(room, 0)} fit beside it",
+          param="messages" if ask.messages else "prompt",
+          code="context_length_exceeded",
+        )
+      for copy in range(ask.n):
+        row_seed = (seed + number * ask.n + copy) % (1 << 31)
+        if suffix is None:
+          request = engine.Request(ids=row, gen_length=whole, seed=row_seed)
+        else:
+          ids = [*row, *[mask] * length, *suffix]
+          request = engine.Request(ids=ids, seed=row_seed, infill=True)
+        answer = Answer(
+          self.model.decode,
+          first=0 if suffix is None else len(row),
+          length=length,
+          eos_ids=self.eos_ids,
+          stop=ask.stop,
+        )
+        made.append((request, answer, fixed))
+    return made
+
+  async def warm_up(self, scheduler: Scheduler):
+    """Decodes one block as most requests will be decoded, so that it is compiled.
+
+    Raises:
+      Exception: whatever decoding raises.
+    """
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+    failures: list[Exception] = []
+
+    def listen(event):
+      failures.extend([event] if isinstance(event, Exception) else [])
+      loop.call_soon_threadsafe(done.set)
+
+    config = self.config(Ask())
+    request = engine.Request(ids=[self.eos_ids[0]], gen_length=config.block_length)
+    scheduler.submit([Job(config=config, request=request, listen=listen)])
+    await done.wait()
+    if failures:
+      raise failures[0]

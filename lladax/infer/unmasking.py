@@ -152,8 +152,8 @@ class Threshold(Unmask):
   def __call__(self, confidence, masked, budget, key, iteration):
     sure = confidence >= falling(self.threshold, self.start, self.decay, iteration)
     if self.slack:
-      known = jnp.where(masked & ~jnp.isnan(confidence), confidence, -jnp.inf)
-      sure |= confidence >= jnp.max(known, axis=1, keepdims=True) - self.slack
+      open_to = jnp.where(masked, confidence, -jnp.inf)
+      sure |= confidence >= jnp.max(open_to, axis=1, keepdims=True) - self.slack
     return (masked & sure) | most_confident(confidence, masked)
 
 

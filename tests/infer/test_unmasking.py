@@ -114,6 +114,14 @@ def test_threshold_writes_all_that_reach_it_or_the_one_that_comes_nearest():
   np.testing.assert_array_equal(choose(rule, confidence, masked, nothing, keys(3)), expected)
 
 
+@pytest.mark.parametrize("rule", [Threshold(), ThresholdOrBudget(), Factor(), Hierarchical()])
+def test_rules_that_go_by_confidence_make_progress_without_a_budget(rule):
+  confidence = jnp.array([[0.2, 0.1], [0.0, 0.0], [jnp.nan, jnp.nan], [-jnp.inf, -1.0]])
+  masked = jnp.array([[True, True], [True, True], [False, True], [True, True]])
+  commit = choose(rule, confidence, masked, jnp.zeros(4, jnp.int32), keys(4))
+  assert commit.any(axis=1).all()
+
+
 def test_a_threshold_that_falls_reaches_its_end_and_stays():
   confidence = jnp.array([[0.99, 0.97, 0.85, 0.7]] * 4)
   rule = Threshold(0.8, start=1.0, decay=0.02)

@@ -20,11 +20,11 @@ import numpy as np
 from lladax.data import Tokenizer, encode_with_masks
 from lladax.diffusion import log_likelihood_bound, repeat_rows
 from lladax.hub import Chat, Source, save_folder
-from lladax.infer import GenerateResult, SamplerConfig
+from lladax.infer import BlockCausal, GenerateResult, SamplerConfig
 from lladax.infer import generate as generate_ids
 from lladax.infer import infill as infill_ids
 from lladax.infer.engine import Engine
-from lladax.models import Denoiser, ModelConfig, Transformer, bind_token_nll
+from lladax.models import Denoiser, ModelConfig, Transformer, bind_token_nll, for_inference
 from lladax.sharding import use_mesh
 from lladax.types import Batch, Logits
 
@@ -76,6 +76,7 @@ class Model:
     *,
     sampler: SamplerConfig | None = None,
     seed: int | Sequence[int] = 0,
+    stop: str | Sequence[str] = (),
   ) -> str | list[str]:
     """Continues prompts, each as it would be continued alone with its own seed.
 
@@ -83,6 +84,8 @@ class Model:
       prompts: a text, or several; "" starts from an empty canvas.
       sampler: how to decode; default `self.sampler`.
       seed: row r of a number s uses s + r; or one seed per prompt. Only read if something is drawn.
+      stop: texts that end an answer, which is cut before the first of them; no block is written
+        after one that completes such a text.
 
     Returns:
       What was written after each prompt, up to the end of text: a string for a string, else a list.
@@ -91,8 +94,9 @@ class Model:
       ValueError: for a prompt with a MASK in it, or one that leaves no room in the context.
     """
     rows = [prompts] if isinstance(prompts, str) else list(prompts)
-    answers = self.generate_tokens(rows, sampler=sampler, seed=seed).answers
-    texts = [self.decode(answer) for answer in answers]
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    answers = self.generate_tokens(rows, sampler=sampler, seed=seed, stop=stops).answers
+    texts = [cut_before(self.decode(answer), stops) for answer in answers]
     return texts[0] if isinstance(prompts, str) else texts
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -106,13 +110,22 @@ class Model:
     *,
     sampler: SamplerConfig | None = None,
     seed: int | Sequence[int] = 0,
+    stop: Sequence[str] = (),
   ) -> GenerateResult:
-    """`generate` for texts or ids, with everything that happened: see `GenerateResult`."""
+    """`generate` for texts or ids, with everything that happened: see `GenerateResult`.
+
+    An answer that was stopped is whole up to the end of its block.
+    """
+    if "" in stop:
+      raise ValueError("an empty text stops every answer before it begins; leave it out of `stop`")
     for prompt in prompts:
       if isinstance(prompt, str) and MASK_TEXT in prompt:
         raise ValueError(f"the prompt {prompt[:60]!r} contains {MASK_TEXT}; use infill for that")
     rows = [self._tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-    return self._decode(generate_ids, rows, sampler, seed)
+    options = {}
+    if stop:
+      options["stop"] = lambda ids: any(text in self.decode(ids) for text in stop)
+    return self._decode(generate_ids, rows, sampler, seed, **options)
 
   def chat(
     self,
@@ -164,10 +177,11 @@ class Model:
       raise ValueError(
         f"a length of {length} is more than the context of {self.config.max_position_embeddings}"
       )
+    sampler = sampler or self.sampler
     return Engine(
-      Denoiser(self.config),
+      self.denoiser(sampler),
       self.params,
-      sampler or self.sampler,
+      sampler,
       slots=slots,
       length=length,
       mask_id=self.config.mask_token_id,
@@ -249,6 +263,8 @@ class Model:
     """
     if format != "hf":
       raise ValueError(f"unknown format {format!r}; there is 'hf'")
+    if not self.config.stacked:
+      raise ValueError("this model was made ready for inference; save it as it was loaded")
     save_folder(
       path,
       config=self.config,
@@ -280,22 +296,50 @@ class Model:
     if rows.shape[1] > context:
       raise ValueError(f"{rows.shape[1]} tokens do not fit the context of {context}")
 
-  def _decode(self, decode, rows, sampler, seed) -> GenerateResult:
+  def _decode(self, decode, rows, sampler, seed, **options) -> GenerateResult:
     for row in rows:
       self._check_ids(np.asarray(row, np.int64)[None])
     self._check_mask()
+    sampler = sampler or self.sampler
     with self.on_mesh():
       return decode(
-        Denoiser(self.config),
+        self.denoiser(sampler),
         self.params,
         rows,
-        sampler or self.sampler,
+        sampler,
         mask_id=self.config.mask_token_id,
         eos_id=(self.config.eos_token_id, *self.stop_ids),
         pad_id=self.config.pad_token_id,
         seeds=seed,
         max_length=self.config.max_position_embeddings,
+        **options,
       )
+
+  def denoiser(self, sampler: SamplerConfig) -> Denoiser:
+    """The network as this sampler reads it: block-causal for a `BlockCausal` cache."""
+    causal = isinstance(sampler.cache, BlockCausal)
+    return Denoiser(self.config, block_length=sampler.block_length if causal else None)
+
+  def for_inference(self, *, weights: str | None = None) -> Model:
+    """The same model in the form in which it decodes fastest. It cannot be trained or saved.
+
+    See `lladax.models.for_inference`: layers apart, weights in the dtype of computation, experts
+    that are computed for few tokens, on a mesh where they lie.
+
+    Args:
+      weights: of the experts, "int8" or "fp8"; None: in the dtype of computation.
+
+    Raises:
+      ValueError: for other weights, or where the model has no experts to quantise.
+    """
+    with self.on_mesh():
+      config, params = for_inference(self.config, self.params, weights=weights)
+    return dataclasses.replace(self, config=config, params=params)
+
+
+def cut_before(text: str, stops: Sequence[str]) -> str:
+  """The text up to the first of `stops` in it."""
+  return min((text.partition(stop)[0] for stop in stops), key=len, default=text)
 
 
 def _scoring_batch(ids: np.ndarray, prompt_length: int, pad_id: int, multiple: int = 32) -> Batch:

@@ -105,3 +105,29 @@ def test_nothing_to_load(tmp_path):
 def test_an_unknown_name_lists_those_there_are():
   with pytest.raises(AttributeError, match="Model, init, load"):
     lladax.train_everything  # noqa: B018
+
+
+def test_a_stop_text_ends_the_answer_before_it(model):
+  whole = model.generate(["a", "to be"], seed=5)
+  stop = [text[3:5] for text in whole]
+  got = model.generate(["a", "to be"], seed=5, stop=stop)
+  for text, answer in zip(whole, got, strict=True):
+    expected = min((text.partition(s)[0] for s in stop), key=len)
+    assert answer == expected and len(answer) <= 3
+  assert model.generate("a", seed=5, stop="never written") == whole[0]
+  # What comes after the block that completes it is not written.
+  result = model.generate_tokens(["a"], seed=5, stop=[whole[0][:1]])
+  assert result.nfe[0] == 2 and len(result.row(0)) == 1 + 4
+  with pytest.raises(ValueError, match="an empty text stops every answer"):
+    model.generate("a", stop=[""])
+
+
+def test_for_inference_answers_the_same_and_is_not_saved(model, tmp_path):
+  fast = model.for_inference()
+  prompts = ["a", "to be, or not", "x"]
+  assert fast.generate(prompts, seed=5) == model.generate(prompts, seed=5)
+  np.testing.assert_allclose(fast.logits([1, 2, 3]), model.logits([1, 2, 3]), atol=1e-4)
+  with pytest.raises(ValueError, match="made ready for inference"):
+    fast.save(tmp_path / "out")
+  with pytest.raises(ValueError, match="int4"):
+    model.for_inference(weights="int4")

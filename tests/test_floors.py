@@ -32,7 +32,8 @@ FLOORS |= {
   "lladax": {"model", "loading"},
   "hub.__main__": {"lladax", "model", *BELOW},  # the command
   "generate": {"lladax", "model", *BELOW},  # the command
-  "chat": {"lladax", "model", *BELOW},  # the command
+  "chat": {"model", *BELOW},
+  "chat.__main__": {"lladax", "chat", "model", *BELOW},  # the command
   "serve": {"model", *BELOW},
   "serve.__main__": {"lladax", "serve", "model", *BELOW},  # the command
   "average": {"train", "config"},  # the command
@@ -46,7 +47,7 @@ FLOORS["experiments"] = {*FLOORS}
 
 
 # A command inside a package stands above it.
-COMMANDS = {"lladax.hub.__main__", "lladax.serve.__main__"}
+COMMANDS = {"lladax.chat.__main__", "lladax.hub.__main__", "lladax.serve.__main__"}
 
 
 def room(module: str) -> str:

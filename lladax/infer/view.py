@@ -5,6 +5,7 @@ Everything is drawn from a finished `GenerateResult`, which knows when each toke
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -38,15 +39,18 @@ def crystallising(
     confidence: with which it is written.
     number: tokens of iteration `number - 1` are the fresh ones, bold.
   """
-  text = Text()
+  styled = []
   for piece, at, sure in zip(texts, revealed_at, confidence, strict=True):
     if at >= number:
-      text.append(MASK_GLYPH, STYLES["masked"])
+      styled.append((MASK_GLYPH, STYLES["masked"]))
     elif at < 0:
-      text.append(piece)
+      styled.append((piece, STYLES["given"]))
     else:
       red, green, blue = shade(sure)
-      text.append(piece, f"{'bold ' if at == number - 1 else ''}rgb({red},{green},{blue})")
+      styled.append((piece, f"{'bold ' if at == number - 1 else ''}rgb({red},{green},{blue})"))
+  text = Text()
+  for style, neighbours in itertools.groupby(styled, key=lambda pair: pair[1]):
+    text.append("".join(piece for piece, _ in neighbours), style)
   return text
 
 

@@ -103,11 +103,11 @@ def test_confidence_goes_from_red_to_green():
 
 
 def test_a_canvas_crystallises():
-  text = crystallising(["a", "b", "", "é"], [-1, 0, 1, 2], [0.0, 1.0, 0.5, 0.0], 1)
+  columns = (["a", "b", "", "é"], [-1, 0, 1, 2], [0.0, 1.0, 0.5, 0.0])
+  text = crystallising(*columns, 1)
   assert text.plain == "ab" + 2 * MASK_GLYPH
   red, green, blue = shade(1.0)
-  assert [(span.start, span.style) for span in text.spans] == [
-    (1, f"bold rgb({red},{green},{blue})"), (2, "dim"), (3, "dim"),
-  ]  # fmt: skip
-  last = crystallising(["a", "b", "", "é"], [-1, 0, 1, 2], [0.0, 1.0, 0.5, 0.0], 3)
+  spans = [(span.start, span.end, span.style) for span in text.spans]
+  assert spans == [(1, 2, f"bold rgb({red},{green},{blue})"), (2, 4, "dim")]
+  last = crystallising(*columns, 3)
   assert last.plain == "abé" and "dim" not in {span.style for span in last.spans}

@@ -9,6 +9,7 @@ from lladax.infer.engine import Engine, Request, Update
 from lladax.infer.eos import EosPolicy, KeepEos, LowEosConfidence, NoEosLogits
 from lladax.infer.generate import GenerateResult, generate, infill
 from lladax.infer.network import DenoiseFn, Network
+from lladax.infer.published import PUBLISHED
 from lladax.infer.smoothing import Smoothing
 from lladax.infer.step_schedule import EqualShares, LinearTime, StepSchedule
 from lladax.infer.unmasking import (
@@ -25,6 +26,7 @@ from lladax.infer.unmasking import (
 )
 
 __all__ = [
+  "PUBLISHED",
   "BlockCausal",
   "Cache",
   "Canvas",

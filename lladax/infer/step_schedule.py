@@ -57,7 +57,7 @@ class LinearTime(StepSchedule):
       raise ValueError(f"eps, where time ends, lies between 0 and 1; got {self.eps}")
 
   def __call__(self, at_start, left, iteration, steps):
-    times = jnp.linspace(1.0, self.eps, steps + 1, dtype=jnp.float32)
-    now = jnp.clip(iteration, 0, steps - 1)
-    budget = left * (1.0 - times[now + 1] / times[now])
-    return jnp.where(iteration >= steps - 1, left.astype(jnp.float32), budget)
+    # t = 1 - i (1 - eps) / steps, so 1 - s/t is this, without the rounding of a difference.
+    fall = 1.0 - self.eps
+    share = fall / (steps - fall * jnp.clip(iteration, 0, steps - 1))
+    return jnp.where(iteration >= steps - 1, left.astype(jnp.float32), left * share)

@@ -150,7 +150,7 @@ def test_a_rule_writes_only_what_is_masked_and_makes_progress(strategy, seed, ma
   rng = np.random.default_rng(seed)
   rows, width = 3, 8
   masked = rng.random((rows, width)) < masked_rate
-  levels = [-1.0, 0.0, 0.25, 0.5, 0.9, 0.999, 1.0, np.nan, -np.inf]
+  levels = [-1.0, 0.0, 0.25, 0.5, 0.9, 0.999, 1.0] + [np.nan, -np.inf] * (seed % 4 == 0)
   confidence = rng.choice(levels, size=(rows, width)).astype(np.float32)
   most = rng.choice([0.25, 0.5, 0.9, 1.0], size=(rows, 1))  # rows that are sure, and hesitant ones
   confidence = np.where(confidence > most, most, confidence).astype(np.float32)
@@ -165,10 +165,10 @@ def test_a_rule_writes_only_what_is_masked_and_makes_progress(strategy, seed, ma
   # A row's choice is its own, whatever the others hold.
   row = seed % rows
   mine = np.arange(rows) == row
-  others = rng.random((rows, width)).astype(np.float32), np.ones_like(masked), budget[::-1]
+  others = rng.random((rows, width)) * rng.choice([0.1, 1.0]), np.ones_like(masked), budget[::-1]
   mixed = unmask(
     strategy,
-    np.where(mine[:, None], confidence, others[0]),
+    np.where(mine[:, None], confidence, others[0]).astype(np.float32),
     np.where(mine[:, None], masked, others[1]),
     np.where(mine, budget, others[2]),
     jnp.where(mine, keys, row_keys(rows, seed + 1)),

@@ -31,7 +31,8 @@ FLOORS |= {
   "loading": {"model", *BELOW},
   "lladax": {"model", "loading"},
   "hub.__main__": {"lladax", "model", *BELOW},  # the command
-  "generate": {"lladax", "model", *BELOW},  # the command
+  "prompts": set(),
+  "generate": {"lladax", "model", "prompts", *BELOW},  # the command
   "chat": {"model", *BELOW},
   "chat.__main__": {"lladax", "chat", "model", *BELOW},  # the command
   "serve": {"model", *BELOW},

@@ -36,6 +36,9 @@ flags.DEFINE_string("load", None, "A conversation that /save wrote.")
 flags.DEFINE_string("record", None, "Name of a replay: NAME.html and NAME.gif are written.")
 flags.DEFINE_integer("seed", 0, "Seed of the first answer; the others count on from it.")
 flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights. Default: as saved.")
+flags.DEFINE_enum(
+  "weights", None, ["int8", "fp8"], "Experts' weights in eight bits. Default: as --dtype."
+)
 flags.DEFINE_multi_string(
   "mesh", [], "Devices that share the model, as axis=size.\n" + fields_help(MeshConfig())
 )
@@ -52,6 +55,7 @@ def main(_):
     if model.tokenizer is None:
       raise ValueError("this model has no tokenizer: there is no text to talk in")
     sampler = override(model.sampler, FLAGS.set)
+    model = model.for_inference(weights=FLAGS.weights)
     session = Session(model, sampler=sampler, seed=FLAGS.seed, record=FLAGS.record)
     if FLAGS.system:
       session.command("system", FLAGS.system)

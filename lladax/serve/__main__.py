@@ -11,6 +11,7 @@ the answers that it has begun are done.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import sys
@@ -51,6 +52,9 @@ flags.DEFINE_bool("open_sampler", False, "Let requests set any field of the samp
 flags.DEFINE_float("drain_seconds", 30.0, "Time for the last answers when the server ends.")
 flags.DEFINE_bool("warm_up", True, "Compile before the first request comes.")
 flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights. Default: as saved.")
+flags.DEFINE_enum(
+  "weights", None, ["int8", "fp8"], "Experts' weights in eight bits. Default: as --dtype."
+)
 flags.DEFINE_multi_string(
   "mesh",
   [],
@@ -78,15 +82,16 @@ def main(_):
     length = FLAGS.length or min(model.config.max_position_embeddings, 4096)
     served = Served(model=model, name=name, length=length, open_sampler=FLAGS.open_sampler)
     served.check()
+    served = dataclasses.replace(served, model=model.for_inference(weights=FLAGS.weights))
     limits = Limits(max_tokens=FLAGS.max_tokens, rows=FLAGS.max_answers, body_bytes=FLAGS.max_body)
   except (ConfigError, ValueError) as error:
     sys.exit(f"error: {error}")
   metrics = Metrics()
   scheduler = Scheduler(
-    lambda config: model.engine(sampler=config, slots=FLAGS.slots, length=length),
+    lambda config: served.model.engine(sampler=config, slots=FLAGS.slots, length=length),
     max_queue=FLAGS.max_queue,
     max_lanes=FLAGS.max_samplers,
-    context=model.on_mesh,
+    context=served.model.on_mesh,
     metrics=metrics,
   )
   application = make_app(

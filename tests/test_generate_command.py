@@ -1,0 +1,153 @@
+"""The command on files of prompts: read, answered, gone on with."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+import lladax
+from lladax.data import train_bpe
+from lladax.infer import SamplerConfig
+from lladax.models import llada_moe_7b_a1b
+from lladax.moe import MoEConfig
+from lladax.prompts import Answers, Prompt, read_prompts
+
+
+def write(path, *lines):
+  path.write_text("\n".join(lines) + "\n")
+  return str(path)
+
+
+def test_prompts_are_json_or_lines(tmp_path, monkeypatch):
+  rows = ['{"prompt": "a\\u2028b"}', "", '{"messages": [{"role": "user", "content": "hi"}]}']
+  rows += ['{"infill": "x<|mask|>"}', '{"prompt": ""}']
+  prompts = [
+    Prompt(prompt="a\u2028b"),
+    Prompt(messages=({"role": "user", "content": "hi"},)),
+    Prompt(infill="x<|mask|>"),
+    Prompt(prompt=""),
+  ]
+  assert read_prompts(write(tmp_path / "a.jsonl", *rows)) == prompts
+  assert [prompt.text for prompt in prompts] == ["a\u2028b", "hi", "x<|mask|>", ""]
+  monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(rows)))
+  assert read_prompts("-") == prompts
+  lines = read_prompts(write(tmp_path / "a.txt", "one", "", " two\u2028", "{three\r"))
+  assert [prompt.prompt for prompt in lines] == ["one", " two\u2028", "{three"]
+
+
+@pytest.mark.parametrize(
+  "line, message",
+  [
+    ("{", "a.jsonl:2 is not JSON"),
+    ("[]", 'a.jsonl:2: expected one of "prompt"'),
+    ("{}", "expected one of"),
+    ('{"prompt": "a", "infill": "b"}', "expected one of"),
+    ('{"prompt": 3}', "prompt is not what it should be, str: 3"),
+    ('{"messages": []}', "messages is not what it should be"),
+  ],
+)
+def test_a_line_that_is_no_prompt_is_named(tmp_path, line, message):
+  with pytest.raises(ValueError, match=message):
+    read_prompts(write(tmp_path / "a.jsonl", '{"prompt": "a"}', line))
+  with pytest.raises(ValueError, match="holds no prompt"):
+    read_prompts(write(tmp_path / "b.jsonl", ""))
+
+
+def test_answers_are_gone_on_with(tmp_path):
+  prompts = [Prompt(prompt=text) for text in "abcd"]
+  path = tmp_path / "answers.jsonl"
+  with Answers(str(path), prompts, settings="x") as answers:
+    assert answers.missing == [0, 1, 2, 3]
+    answers.add(2, text="é\u2028")
+    answers.add(0, text="y")
+  whole = path.read_bytes()
+  # Killed in the middle of a line, even of a character.
+  path.write_bytes(whole + '{"index": 1, "text": "é'.encode()[:-1])
+  with Answers(str(path), prompts, settings="x") as answers:
+    assert answers.missing == [1, 3]
+    answers.add(1, text="z")
+  rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+  assert [row["index"] for row in rows] == [2, 0, 1]
+  assert rows[0]["prompt"] == "c" and rows[0]["text"] == "é\u2028"
+  for other, settings in ((prompts, "y"), (prompts[1:], "x"), (prompts[:2], "x")):
+    with pytest.raises(ValueError, match=r"answers.jsonl:1 is no answer to these prompts"):
+      Answers(str(path), other, settings=settings)
+  path.write_text("something else\n")
+  with pytest.raises(ValueError, match="name another --output"):
+    Answers(str(path), prompts, settings="x")
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+  """A folder of a small LLaDA-MoE with random weights and a tokenizer that has turns."""
+  tokenizer = train_bpe(["a man, a plan, a canal: panama " * 40], 280)
+  tokenizer.engine.add_special_tokens(["<role>", "</role>", "<|role_end|>"])
+  config = dataclasses.replace(
+    llada_moe_7b_a1b(),
+    vocab_size=304,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    head_dim=8,
+    moe=MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=8),
+    max_position_embeddings=128,
+    initializer_range=0.3,
+    dtype="float32",
+    mask_token_id=tokenizer.mask_id,
+    eos_token_id=tokenizer.eos_id,
+    pad_token_id=tokenizer.pad_id,
+  )
+  folder = tmp_path_factory.mktemp("chatty") / "model"
+  lladax.init(config, seed=3, tokenizer=tokenizer).save(folder)
+  return folder
+
+
+def command(model, *flags, **options):
+  sampler = ["--set=gen_length=8", "--set=steps=4", "--set=block_length=8", "--set=temperature=1.0"]
+  line = [sys.executable, "-m", "lladax.generate", f"--model={model}", *sampler, *flags]
+  return subprocess.run(line, capture_output=True, text=True, **options)
+
+
+ROWS = [{"prompt": "a man"}, {"infill": "a <|mask|><|mask|> plan"}, {"prompt": "a canal, a plan"}]
+ROWS += [{"messages": [{"role": "user", "content": "a plan"}]}, {"prompt": ""}]
+
+
+@pytest.mark.slow
+def test_a_file_is_answered_and_a_killed_run_goes_on_to_the_same_answers(chatty, tmp_path):
+  asked = write(tmp_path / "asked.jsonl", *map(json.dumps, ROWS))
+  output = tmp_path / "answers.jsonl"
+  flags = [f"--prompts={asked}", f"--output={output}", "--seed=7"]
+  done = command(chatty, *flags, "--batch=4")
+  assert done.returncode == 0, done.stderr
+  whole = {row["index"]: row for row in map(json.loads, output.read_text().splitlines())}
+  assert sorted(whole) == [0, 1, 2, 3, 4]
+  assert all({**whole[i], **row} == whole[i] for i, row in enumerate(ROWS))
+  assert whole[1]["text"].startswith("a ") and whole[1]["text"].endswith(" plan")
+  # Each answer is that of its line alone.
+  model = lladax.load(chatty, progress=False)
+  sampler = SamplerConfig(gen_length=8, steps=4, block_length=8, temperature=1.0)
+  assert whole[0]["text"] == model.generate("a man", sampler=sampler, seed=7)
+  output.write_bytes(output.read_bytes()[: len(json.dumps(whole[0])) + 20])  # one line and a bit
+  again = command(chatty, *flags, "--batch=2")
+  assert again.returncode == 0, again.stderr
+  assert {row["index"]: row for row in map(json.loads, output.read_text().splitlines())} == whole
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_anything_is_written(chatty, tmp_path):
+  asked = write(tmp_path / "asked.txt", "a man", "a plan " * 100)
+  output = tmp_path / "answers.jsonl"
+  done = command(chatty, f"--prompts={asked}", f"--output={output}")
+  assert done.returncode and not output.exists()
+  assert "prompt 1 has" in done.stderr and "more than the context of 128" in done.stderr
+
+
+@pytest.mark.slow
+def test_standard_input_is_a_prompt_and_stop_cuts_the_answer(chatty):
+  done = command(chatty, "--json", "--seed=7", input="a man\n")
+  row = json.loads(done.stdout)
+  assert row["prompt"] == "a man" and len(row["text"]) > 3
+  cut = command(chatty, "--json", "--seed=7", f"--stop={row['text'][2:4]}", input="a man\n")
+  assert json.loads(cut.stdout)["text"] == row["text"].partition(row["text"][2:4])[0]

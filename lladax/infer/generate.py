@@ -6,6 +6,7 @@ The host's side of decoding: checks, the canvas, one jitted call per block, the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -216,7 +217,14 @@ def empty_memory(network: Network, params, shape: tuple[int, int], config: Sampl
   """Room for the keys and values of a canvas [B, S]; None without a cache."""
   if not config.cache.keeps:
     return None
-  rows, length = shape[0] * (2 if config.cfg_scale else 1), shape[1]
+  rows = shape[0] * (2 if config.cfg_scale else 1)
+  return _room(network, params, rows, shape[1])
+
+
+# Jitted, so that the network is traced for its shapes once and not for every answer: a second for six
+# layers that are not stacked.
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _room(network: Network, params, rows: int, length: int):
   whole, one = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((rows, length), (rows,)))
 
   def read(params, tokens, at):

@@ -60,16 +60,36 @@ def likely(logits: jax.Array, *, top_k: int | None, top_p: float | None) -> jax.
   logit, so tokens that tie with the last one kept are kept with it. The most likely token is kept
   always.
   """
-  lowest = jnp.full_like(logits[..., :1], -jnp.inf)
+  allowed = jnp.ones(logits.shape, bool)
   if top_k is not None and top_k < logits.shape[-1]:
-    lowest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+    allowed &= logits >= lowest_kept(logits, jnp.ones_like(logits), top_k - 1)
   if top_p is not None and top_p < 1.0:
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probability = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    kept = jnp.where(before <= top_p, ordered, jnp.inf)
-    lowest = jnp.maximum(lowest, jnp.min(kept, axis=-1, keepdims=True))
-  return logits >= lowest
+    allowed &= logits >= lowest_kept(logits, jax.nn.softmax(logits, axis=-1), top_p)
+  return allowed
+
+
+def lowest_kept(logits: jax.Array, weight: jax.Array, most: float) -> jax.Array:
+  """The lowest logit such that all higher ones weigh at most `most`. [..., 1].
+
+  Found by halving the span of the logits 32 times, each a pass over them, without a sort: of 64
+  times 157,184 logits on two cores of a CPU it takes 0.4 s and a sort with its sums 2.4 s.
+  """
+
+  def halve(_, span):
+    low, high = span
+    middle = (low & high) + ((low ^ high) >> 1)  # their mean rounded down, without overflow
+    enough = jnp.sum(jnp.where(order > middle, weight, 0.0), axis=-1, keepdims=True) <= most
+    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+  order = flip_negative(jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.int32))
+  ends = (f(order, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
+  low, _ = jax.lax.fori_loop(0, 32, halve, tuple(ends))
+  return jax.lax.bitcast_convert_type(flip_negative(low), jnp.float32)
+
+
+def flip_negative(bits: jax.Array) -> jax.Array:
+  """Between the bits of float32 and whole numbers int32 in the same order; its own inverse."""
+  return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def token_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -47,6 +47,22 @@ def test_top_k_and_top_p_leave_what_dream_leaves(top_k, top_p):
     np.testing.assert_array_equal(own[:10], expected[:10])
 
 
+def test_the_cut_is_exact_among_many_tokens_of_either_sign():
+  logits = np.random.default_rng(3).normal(size=(8, 5000)).astype(np.float32) * 4
+  logits[:, :3] = [-np.inf, 0.0, -0.0]
+  cut = jax.jit(likely, static_argnames=("top_k", "top_p"))
+  fifty = np.asarray(cut(logits, top_k=50, top_p=None))
+  assert (fifty.sum(axis=1) == 50).all()
+  assert (logits.max(axis=1, where=~fifty, initial=-np.inf) < np.sort(logits)[:, -50]).all()
+  most = np.asarray(cut(logits, top_k=None, top_p=0.9))
+  p = np.exp(logits.astype(np.float64))
+  p = np.where(most, p / p.sum(axis=1, keepdims=True), 0)
+  kept, least = p.sum(axis=1), np.min(p, axis=1, where=most, initial=1.0)
+  assert (kept > 0.9 - 1e-6).all() and (kept - least < 0.9 + 1e-6).all()
+  higher = logits > np.min(logits, axis=1, where=most, initial=np.inf)[:, None]
+  assert (most >= higher).all()
+
+
 def test_what_ties_with_the_last_one_kept_is_kept():
   logits = jnp.log(jnp.array([0.4, 0.2, 0.2, 0.2]))
   assert likely(logits, top_k=2, top_p=None).all()

@@ -68,6 +68,8 @@ def test_what_ties_with_the_last_one_kept_is_kept():
   assert likely(logits, top_k=2, top_p=None).all()
   assert likely(logits, top_k=None, top_p=0.5).all()
   np.testing.assert_array_equal(likely(logits, top_k=None, top_p=0.3), [True, False, False, False])
+  close = jnp.array([1.0, np.nextafter(np.float32(1), np.float32(0)), -5.0])
+  np.testing.assert_array_equal(likely(close, top_k=1, top_p=None), [True, False, False])
 
 
 def test_draws_follow_the_filtered_and_tempered_distribution():

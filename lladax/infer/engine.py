@@ -147,6 +147,7 @@ class Engine:
     self._state = decode_block(
       self._network, self._params, self._state, config=self._config, ids=self._ids, rest=rest
     )
+    self._state = self._state.replace(history=None)
     seen = jax.device_get(self._state.replace(memory=None, keys=None))
     self._column, self._end = seen.column.astype(np.int64), seen.end.astype(np.int64)
     updates = []

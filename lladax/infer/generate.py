@@ -27,6 +27,21 @@ Stop = Callable[[list[int]], bool]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Trail:
+  """What a block went through, where tokens may be written more than once.
+
+  Attributes:
+    column: int32[B], where the block of each row begins.
+    iterations: int32[B], how many the row needed for it.
+    tokens: int32[iterations, B, W], after each of them.
+  """
+
+  column: np.ndarray
+  iterations: np.ndarray
+  tokens: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class GenerateResult:
   """What was written, and when.
 
@@ -40,6 +55,7 @@ class GenerateResult:
     answers: per row, what was written after the prompt, up to but without the first EOS; for
       `infill` the whole row as it is.
     mask_id: the id that stands for MASK in `frames`.
+    trail: where written tokens may change, what each block went through; empty otherwise.
   """
 
   tokens: np.ndarray
@@ -49,6 +65,7 @@ class GenerateResult:
   nfe: np.ndarray
   answers: list[list[int]]
   mask_id: int
+  trail: tuple[Trail, ...] = ()
 
   def row(self, index: int) -> list[int]:
     """The canvas of a row without padding, nothing cut."""
@@ -60,9 +77,25 @@ class GenerateResult:
     Frame k shows what was there before iteration k, with MASK where nothing was written yet.
     """
     keep = self.is_text[index]
+    if self.trail:
+      return self._replay(index)[:, keep]
     tokens, when = self.tokens[index][keep], self.revealed_at[index][keep]
     frame = np.arange(when.max(initial=-1) + 2)[:, None]
     return np.where(when < frame, tokens, self.mask_id)
+
+  def _replay(self, index: int) -> np.ndarray:
+    canvas = np.where(self.revealed_at[index] < 0, self.tokens[index], self.mask_id)
+    frames = [canvas]
+    for block in self.trail:
+      column = block.column[index]
+      for tokens in block.tokens[: block.iterations[index], index]:
+        canvas = canvas.copy()
+        room = min(len(tokens), len(canvas) - column)
+        canvas[column : column + room] = tokens[:room]
+        frames.append(canvas)
+    if (frames[-1] != self.tokens[index]).any():  # what an early stop has filled
+      frames[-1] = self.tokens[index]
+    return np.stack(frames)
 
 
 def generate(
@@ -201,16 +234,23 @@ def run(
   keys = row_keys(seeds, canvas.tokens.shape[0])
   memory = empty_memory(network, params, canvas.tokens.shape, config)
   state = start_state(canvas, keys, mask_id=mask_id, memory=memory)
+  trail: list[Trail] = []
   ends = np.asarray(canvas.end)
   columns = int(np.max(ends - canvas.column))
   for block in range(canvas.num_blocks(config.block_length)):
     rest = window_rest(config, columns - block * config.block_length)
+    column, begun = jax.device_get((state.column, state.iterations)) if config.edit else (0, 0)
     state = decode_block(network, params, state, config=config, ids=ids, rest=rest)
+    if config.edit:
+      done, tokens = jax.device_get((state.iterations, state.history))
+      trail.append(Trail(column, done - begun, tokens))
+      state = state.replace(history=None)
     if stop is not None:
       state = stop_rows(state, stop, ids)
     if (config.early_stop or stop is not None) and bool(jnp.all(state.column >= state.end)):
       break
-  return collect(jax.device_get(state.replace(memory=None, keys=None)), config, mask_id)
+  last = jax.device_get(state.replace(memory=None, keys=None, history=None))
+  return dataclasses.replace(collect(last, config, mask_id), trail=tuple(trail))
 
 
 def empty_memory(network: Network, params, shape: tuple[int, int], config: SamplerConfig) -> Any:

@@ -82,6 +82,9 @@ class Step:
 
   def begin(self, state: State) -> Block:
     config, rows = self.config, len(state.column)
+    if config.edit is not None:
+      shape = (self.bound, rows, self.width)
+      state = state.replace(history=jnp.zeros(shape, jnp.int32))
     at_start = jnp.sum(self.masked(state), axis=1, dtype=jnp.int32)
     credit = soft = None
     if config.credit is not None or config.smoothing is not None:
@@ -149,6 +152,9 @@ class Step:
       commit, replace, remask = self._edit(state, logits, drawn, confidence, masked, commit, active)
     state = state.replace(memory=memory)
     state = self._write(state, drawn, confidence, commit | replace, remask, active)
+    if state.history is not None:
+      now = take_columns(state.tokens, state.column, self.width)
+      state = state.replace(history=state.history.at[block.iteration].set(now))
     soft = block.soft
     if config.smoothing is not None:
       soft = self._soften(logits, state)

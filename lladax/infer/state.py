@@ -35,6 +35,8 @@ class State:
     nfe: int32[B], passes of the network that the row needed.
     memory: keys and values, of twice the rows with guidance; None before the first pass that keeps
       them, and without a cache.
+    history: int32[iterations, B, W], the tokens of the last block after each of its iterations;
+      None where tokens are written once, and `revealed_at` says all.
   """
 
   tokens: Tokens
@@ -50,6 +52,7 @@ class State:
   iterations: jax.Array
   nfe: jax.Array
   memory: Any
+  history: jax.Array | None = None
 
   @property
   def positions(self) -> jax.Array:

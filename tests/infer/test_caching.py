@@ -196,3 +196,22 @@ def test_every_policy_is_a_value_and_reads_the_whole_first():
     hash(cache)
     zeros = jnp.zeros(3, jnp.int32)
     assert cache.whole(jnp.int32(0), zeros).all()
+
+
+@pytest.mark.parametrize("edit", [EditTokens(0.05), RemaskLow(0.95)])
+def test_frames_show_what_was_written_and_taken_back(edit):
+  config = dataclasses.replace(BASE, edit=edit)
+  result = run(config)
+  changes = 0
+  for row, prompt in enumerate(PROMPTS):
+    frames = result.frames(row)
+    assert (frames[:, : len(prompt)] == prompt).all() and (frames[-1] == result.row(row)).all()
+    assert (frames[0, len(prompt) :] == MASK).all()
+    assert len(frames) == result.nfe[row] + 1
+    before, after = frames[:-1], frames[1:]
+    changes += int(((before != MASK) & (before != after)).sum())
+    # The last time a token was written is what is said of it.
+    when = result.revealed_at[row][result.is_text[row]]
+    for place in range(len(prompt), frames.shape[1]):
+      assert (frames[when[place] + 1 :, place] == frames[-1, place]).all()
+  assert changes > 0

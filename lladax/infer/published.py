@@ -69,7 +69,7 @@ def dinfer_distilled(gen_length: int = 1024, block_length: int = 64) -> SamplerC
     block_length,
     cache=Vicinity(before=16, after=16, warmup=4),
     smoothing=Smoothing(weight=0.3),
-    unmask=Hierarchical(0.8, 0.5),
+    unmask=Hierarchical(0.8, 0.5, start=1.0, decay=0.02),
     early_stop=True,
     align_blocks=True,
   )

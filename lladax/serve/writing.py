@@ -151,13 +151,12 @@ class Rows:
     Raises:
       RequestError: if an answer failed.
     """
-    gone = asyncio.ensure_future(_until_gone(request))
+    gone = arrives = asyncio.ensure_future(_until_gone(request))
     try:
       while not self._finished:
         arrives = asyncio.ensure_future(self._arrived.get())
         await asyncio.wait((gone, arrives), return_when=asyncio.FIRST_COMPLETED)
         if not arrives.done():
-          arrives.cancel()
           return
         index, event = arrives.result()
         if isinstance(event, Exception):
@@ -170,6 +169,7 @@ class Rows:
           yield index, delta
     finally:
       gone.cancel()
+      arrives.cancel()
       self._cancel(self._unfinished())
 
   @property

@@ -1,6 +1,7 @@
 """The server as clients see it: OpenAI's own client, plain HTTP, and what bad requests get."""
 
 import concurrent.futures
+import gc
 import json
 import threading
 
@@ -250,7 +251,7 @@ def test_a_full_queue_says_so_and_nothing_is_lost(paper_model):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_is_forgotten(paper_model, stream):
+def test_who_hangs_up_is_forgotten(paper_model, stream, caplog):
   with opened_later(threading.Semaphore(0)) as gate:
     with Running(paper_model, engine={"slots": 1, "gate": gate}) as running:
       body = {"prompt": "a", "stream": stream, "max_tokens": 64}
@@ -263,6 +264,8 @@ def test_who_hangs_up_is_forgotten(paper_model, stream):
       gate.release(1)  # the block that was being decoded
       until(lambda: running.metrics.value("cancelled_total") == 1)
       assert running.scheduler.active == 0 and running.engines[0].steps == 1
+      gc.collect()
+      assert "Task was destroyed" not in caplog.text
 
 
 def test_a_failure_inside_is_a_plain_500(paper_model):

@@ -74,8 +74,8 @@ class SamplerConfig:
         raise ValueError(f"{name} is a finite number of at least 0; got {value}")
     if self.top_k is not None and self.top_k < 1:
       raise ValueError(f"top_k is at least 1, or None for all tokens; got {self.top_k}")
-    if self.top_p is not None and not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p lies in (0, 1], or is None for all tokens; got {self.top_p}")
+    if self.top_p is not None and not 0 <= self.top_p <= 1:
+      raise ValueError(f"top_p lies in [0, 1], or is None for all tokens; got {self.top_p}")
     if not 0 <= self.min_length <= self.gen_length:
       raise ValueError(
         f"min_length lies between 0 and gen_length {self.gen_length}; got {self.min_length}"

@@ -94,7 +94,7 @@ class Engine:
     self._network, self._params, self._config = as_network(network), params, config
     check_network(self._network, config)
     self._ids, self._pad_id, self._length = Ids(mask=mask_id, eos=as_ids(eos_ids)), pad_id, length
-    memory = empty_memory(self._network, params, (slots, length), config)
+    memory = empty_memory(self._network, (slots, length), config)
     zeros = np.zeros((slots, length), np.int32)
     nowhere = np.zeros(slots, np.int32)
     empty = Canvas(zeros + pad_id, zeros, nowhere, nowhere, nowhere)

@@ -6,7 +6,6 @@ The host's side of decoding: checks, the canvas, one jitted call per block, the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -232,7 +231,7 @@ def run(
   check_network(network, config)
   ids = Ids(mask=mask_id, eos=as_ids(eos_id))
   keys = row_keys(seeds, canvas.tokens.shape[0])
-  memory = empty_memory(network, params, canvas.tokens.shape, config)
+  memory = empty_memory(network, canvas.tokens.shape, config)
   state = start_state(canvas, keys, mask_id=mask_id, memory=memory)
   trail: list[Trail] = []
   ends = np.asarray(canvas.end)
@@ -253,25 +252,11 @@ def run(
   return dataclasses.replace(collect(last, config, mask_id), trail=tuple(trail))
 
 
-def empty_memory(network: Network, params, shape: tuple[int, int], config: SamplerConfig) -> Any:
+def empty_memory(network: Network, shape: tuple[int, int], config: SamplerConfig) -> Any:
   """Room for the keys and values of a canvas [B, S]; None without a cache."""
   if not config.cache.keeps:
     return None
-  rows = shape[0] * (2 if config.cfg_scale else 1)
-  return _room(network, params, rows, shape[1])
-
-
-# Jitted, so that the network is traced for its shapes once and not for every answer: a second for six
-# layers that are not stacked.
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _room(network: Network, params, rows: int, length: int):
-  whole, one = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((rows, length), (rows,)))
-
-  def read(params, tokens, at):
-    return network.read(params, tokens, tokens, tokens, at=at, width=1, keep=True)[1]
-
-  memory = jax.eval_shape(read, params, whole, one)
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)
+  return network.empty_memory(shape[0] * (2 if config.cfg_scale else 1), shape[1])
 
 
 def stop_rows(state: State, stop: Stop, ids: Ids) -> State:

@@ -35,6 +35,9 @@ class Network(Protocol):
   ) -> tuple[Logits, Any]:  # fmt: skip
     """A pass over `size` columns of each row, the others' keys and values from memory."""
 
+  def empty_memory(self, rows: int, length: int) -> Any:
+    """What is kept of a canvas [B, S] before its first pass."""
+
   def embed_softly(self, params, probabilities) -> jax.Array:
     """[B, W, V] -> [B, W, D]: the mean embedding under distributions over tokens."""
 

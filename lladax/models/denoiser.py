@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from lladax.models.attention import AttentionMask, segments
-from lladax.models.cache import Memory, Place, remember, take_columns
-from lladax.models.config import ModelConfig
+from lladax.models.cache import KeyValues, Memory, Place, remember, take_columns
+from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.transformer import Transformer
+from lladax.sharding import constrain
 from lladax.types import Logits, Positions, SegmentIds, Tokens
 
 
@@ -125,9 +127,28 @@ class Denoiser:
     )
     return logits, remember(memory, new, start, rows)
 
+  def empty_memory(self, rows: int, length: int) -> Memory:
+    """Room for the keys and values of a canvas [B, S]; on a mesh by rows and heads.
+
+    n layers take 4 n B S K H bytes in bfloat16.
+    """
+    return _empty_memory(self.config, rows, length)
+
   def embed_softly(self, params, probabilities: jax.Array) -> jax.Array:
     """float32[B, W, V] -> [B, W, D]: the mean embedding under distributions over tokens."""
     return Transformer(self.config).apply({"params": params}, probabilities, method="embed_softly")
 
   def _read(self, params, tokens, **more):
     return Transformer(self.config).apply({"params": params}, tokens, **more, method="read")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_memory(config: ModelConfig, rows: int, length: int) -> Memory:
+  def stack(layers: int) -> KeyValues | None:
+    if not layers:
+      return None
+    shape = (layers, rows, length, config.kv_heads, config.head_size)
+    zeros = jnp.zeros(shape, dtype_of(config.dtype))
+    return KeyValues(*(constrain(zeros, None, "batch", None, "heads", None) for _ in range(2)))
+
+  return Memory(stack(config.num_dense_layers), stack(config.num_routed_layers))

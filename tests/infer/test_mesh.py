@@ -51,6 +51,14 @@ def test_tokens_are_those_of_one_device(mesh, ready):
   assert got.nfe.tolist() == want.nfe.tolist()
 
 
+def test_memory_lies_where_it_is_used():
+  with use_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
+    for leaf in jax.tree.leaves(Denoiser(MODEL).empty_memory(2, 16)):
+      shape = (MODEL.num_hidden_layers, 2, 16, MODEL.kv_heads, MODEL.head_size)
+      assert leaf.shape == shape and leaf.dtype == MODEL.dtype
+      assert leaf.sharding.shard_shape(shape) == (shape[0], 1, 16, shape[3] // 4, shape[4])
+
+
 def test_a_split_sequence_is_refused():
   params = jax.jit(_params)()
   with use_mesh(make_mesh(MeshConfig(data=4, context=2))):

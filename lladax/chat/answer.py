@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lladax.infer.engine import Update
 from lladax.infer.replay import Replay
-from lladax.infer.text_stream import AnswerStream, Decode, token_texts
+from lladax.infer.text_stream import AnswerStream, Decode, TextStream
 from lladax.infer.view import crystallising
 
 NEVER = 1 << 30  # the iteration that writes a token nobody has seen yet
@@ -24,6 +24,7 @@ class Answer:
     eos_ids: those that end it.
     length: tokens that there will be at most.
     ids: up to the end of the text.
+    texts: what each reads.
     revealed_at, confidence: of each.
     text: theirs, as far as it is settled.
     nfe: passes of the network so far.
@@ -35,6 +36,7 @@ class Answer:
   eos_ids: tuple[int, ...]
   length: int
   ids: list[int] = dataclasses.field(default_factory=list)
+  texts: list[str] = dataclasses.field(default_factory=list)
   revealed_at: list[int] = dataclasses.field(default_factory=list)
   confidence: list[float] = dataclasses.field(default_factory=list)
   text: str = ""
@@ -44,6 +46,7 @@ class Answer:
 
   def __post_init__(self):
     self._stream = AnswerStream(self.decode, eos_ids=self.eos_ids)
+    self._pieces = TextStream(self.decode)
     self._seen = 0
 
   def take(self, update: Update, seconds: float) -> str:
@@ -56,7 +59,10 @@ class Answer:
     if self.over:
       text += self._stream.finish()
     kept = len(self._stream.ids) - len(self.ids)
-    self.ids = list(self._stream.ids)
+    self.ids += ids[:kept]
+    self.texts += [self._pieces.push([i]) for i in ids[:kept]]
+    if self.over and self.texts:
+      self.texts[-1] += self._pieces.finish()
     self.revealed_at += update.revealed_at[new][:kept]
     self.confidence += update.confidence[new][:kept]
     self.nfe, self.seconds, self.text = update.nfe, self.seconds + seconds, self.text + text
@@ -77,7 +83,7 @@ class Answer:
   def screen(self, number: int) -> Group:
     """What the terminal shows before iteration `number`."""
     left = 0 if self.over else self.length - len(self.ids)
-    texts = [*token_texts(self.ids, self.decode), *[""] * left]
+    texts = [*self.texts, *[""] * left]
     revealed_at = [*self.revealed_at, *[NEVER] * left]
     confidence = [*self.confidence, *[0.0] * left]
     masked = sum(at >= number for at in revealed_at)
@@ -86,7 +92,7 @@ class Answer:
 
   def replay(self, prompt: str) -> Replay:
     return Replay(
-      texts=token_texts(self.ids, self.decode),
+      texts=self.texts,
       revealed_at=self.revealed_at,
       confidence=self.confidence,
       nfe=self.nfe,

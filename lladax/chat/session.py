@@ -179,7 +179,6 @@ class Session:
         live.update(answer.screen(0), refresh=True)
         for block in blocks:
           if block is None:
-            live.update(answer.screen(number), refresh=True)
             continue
           update, seconds = block
           answer.take(update, seconds)

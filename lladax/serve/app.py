@@ -49,7 +49,7 @@ def make_app(
   Args:
     api_key: asked of every client under /v1; None: of none.
     drain_seconds: time for answers that are being decoded when it is shut down.
-    warm_up: whether a block is decoded before the first request is taken, so that what most
+    warm_up: whether an answer is decoded before the first request is taken, so that what most
       requests need is compiled. `app.state.ready`, where set, is called afterwards.
   """
 

@@ -153,7 +153,7 @@ class Served:
     return made
 
   async def warm_up(self, scheduler: Scheduler):
-    """Decodes one block as most requests will be decoded, so that it is compiled.
+    """Decodes an answer as most requests will be answered, so that its blocks are compiled.
 
     Raises:
       Exception: whatever decoding raises.
@@ -163,10 +163,13 @@ class Served:
 
     def listen(event):
       failures.extend([event] if isinstance(event, Exception) else [])
-      loop.call_soon_threadsafe(done.set)
+      if failures or event.done:
+        loop.call_soon_threadsafe(done.set)
 
     config = self.config(Ask())
-    request = engine.Request(ids=[self.eos_ids[0]], gen_length=config.block_length)
+    length = min(config.gen_length, self.length - config.block_length)
+    length -= length % config.block_length
+    request = engine.Request(ids=[self.eos_ids[0]], gen_length=length)
     scheduler.submit([Job(config=config, request=request, listen=listen)])
     await done.wait()
     if failures:

@@ -338,9 +338,9 @@ def test_the_page_is_in_one_piece(server):
   assert "denoisingCanvas" in reply.text and "/* player" not in reply.text
 
 
-def test_the_first_block_is_compiled_before_anybody_asks(paper_model):
+def test_an_answer_is_decoded_before_anybody_asks(paper_model):
   with Running(paper_model, warm_up=True) as running:
-    assert running.engines[0].steps == 1
+    assert running.engines[0].steps == 2 and not running.engines[0].rows
 
 
 def test_limits_are_the_servers(paper_model):

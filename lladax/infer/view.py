@@ -117,12 +117,13 @@ def show_plain(result, decode, *, row, title, count, console) -> None:
 
 def styled_frames(result: GenerateResult, decode: Decode, *, row: int = 0) -> Iterator[Text]:
   """The trajectory of a row as rich `Text`, one per iteration and the first canvas."""
-  when = result.revealed_at[row][result.is_text[row]]
-  for number, ids in enumerate(result.frames(row).tolist()):
-    states = np.where(when >= number, "masked", np.where(when == number - 1, "fresh", "written"))
-    states = np.where(when < 0, "given", states)
+  given = result.revealed_at[row][result.is_text[row]] < 0
+  canvases = result.frames(row)
+  for before, ids in zip([canvases[0], *canvases], canvases, strict=False):
+    states = np.where(ids != before, "fresh", np.where(given, "given", "written"))
+    states = np.where(ids == result.mask_id, "masked", states)
     text = Text()
-    for piece, state in pieces(ids, states.tolist(), decode):
+    for piece, state in pieces(ids.tolist(), states.tolist(), decode):
       text.append(piece, STYLES[state])
     yield text
 

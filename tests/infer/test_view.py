@@ -1,13 +1,16 @@
 """The viewer: one glyph per mask, given text intact, plain lines without a terminal."""
 
+import dataclasses
 import io
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from finished import MASK, decode, result_of
 from rich.console import Console
 
+from lladax.infer.generate import Trail
 from lladax.infer.view import (
   MASK_GLYPH,
   crystallising,
@@ -60,6 +63,21 @@ def test_styles_tell_given_fresh_written_and_masked_apart():
   assert styles == {1: "cyan", 2: "bold green", 3: "dim"}
   assert "dim" not in {span.style for span in last.spans}
   assert second.plain == "ab" + 2 * MASK_GLYPH
+
+
+def test_a_token_that_was_written_and_written_again_is_shown_as_it_was():
+  result = result_of("ad", [0, 2])
+  trail = Trail(
+    column=np.array([2]),  # behind the padding
+    iterations=np.array([3]),
+    tokens=np.array([[[97, 98]], [[97, MASK]], [[97, 100]]]),
+  )
+  result = dataclasses.replace(result, trail=(trail,))
+  shown = list(styled_frames(result, decode))
+  assert [text.plain for text in shown] == [2 * MASK_GLYPH, "ab", "a" + MASK_GLYPH, "ad"]
+  assert [text.plain for text in shown] == frames(result, decode)
+  styles = [{span.start: span.style for span in text.spans} for text in shown]
+  assert styles[1:] == [{0: "bold green"}, {0: "cyan", 1: "dim"}, {0: "cyan", 1: "bold green"}]
 
 
 def test_a_character_whose_bytes_come_one_by_one_is_shown_whole_in_the_end():

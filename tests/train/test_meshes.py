@@ -85,7 +85,7 @@ def on_one_device() -> np.ndarray:
 @pytest.mark.parametrize(
   "exchange, mesh",
   [
-    (Fsdp(), MeshConfig(fsdp=2, expert=2, context=2)),
+    pytest.param(Fsdp(), MeshConfig(fsdp=2, expert=2, context=2), marks=pytest.mark.slow),
     pytest.param(
       Ring(buffer_factor=1.5), MeshConfig(data=1, expert=4, tensor=2), marks=pytest.mark.slow
     ),

@@ -151,6 +151,7 @@ def test_it_ends_when_it_was_set_back_too_often(corpus, tmp_path):  # noqa: F811
     run(corpus, tmp_path, bad=set(range(8, 20)), guard=guard)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_undone_where_one_says_so(corpus, tmp_path, monkeypatch):  # noqa: F811
   from lladax.experiment import run as module
 

@@ -118,7 +118,8 @@ def test_experts_in_two_places_add_up_to_all_of_them(implementation):
 
 @pytest.mark.parametrize(
   "implementation",
-  ["pallas_tpu", "ragged_dot", pytest.param("triton", marks=pytest.mark.slow)],
+  ["ragged_dot"]
+  + [pytest.param(name, marks=pytest.mark.slow) for name in ("pallas_tpu", "triton")],
 )
 def test_the_form_for_accelerators_runs_on_the_products_that_are_named(implementation):
   """Rows of whole lanes, so that the TPU's are stored as they are copied."""

@@ -54,8 +54,8 @@ def on_one_device():
 
 
 MESHES = [
-  MeshConfig(),
-  MeshConfig(data=2, fsdp=2, expert=2),
+  pytest.param(MeshConfig(), marks=pytest.mark.slow),
+  pytest.param(MeshConfig(data=2, fsdp=2, expert=2), marks=pytest.mark.slow),
   MeshConfig(data=2, fsdp=2, context=2),
   MeshConfig(fsdp=2, expert=2, tensor=2),
 ]

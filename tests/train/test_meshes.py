@@ -85,8 +85,10 @@ def on_one_device() -> np.ndarray:
 @pytest.mark.parametrize(
   "exchange, mesh",
   [
-    (Fsdp(), MeshConfig(fsdp=2, expert=2, context=2)),
-    (Ring(buffer_factor=1.5), MeshConfig(data=1, expert=4, tensor=2)),
+    pytest.param(Fsdp(), MeshConfig(fsdp=2, expert=2, context=2), marks=pytest.mark.slow),
+    pytest.param(
+      Ring(buffer_factor=1.5), MeshConfig(data=1, expert=4, tensor=2), marks=pytest.mark.slow
+    ),
     pytest.param(AllToAll(), MeshConfig(data=2, fsdp=2, expert=2), marks=pytest.mark.slow),
     pytest.param(Ragged(), MeshConfig(data=1, expert=4), marks=pytest.mark.slow),
   ],
@@ -176,12 +178,12 @@ def assert_same_steps(got, want, rtol=5e-5):
 
 @pytest.mark.parametrize(
   "name, microbatches",
-  [("8x1", 4), ("2x4", 2)]
+  [("2x4", 2)]
   + [
     pytest.param(name, parts, marks=pytest.mark.slow)
     for name in GRIDS
     for parts in (1, 2, 4)
-    if (name, parts) not in (("8x1", 4), ("2x4", 2), ("1x1", 1))
+    if (name, parts) not in (("2x4", 2), ("1x1", 1))
   ],
 )
 def test_losses_do_not_depend_on_mesh_or_microbatches(name, microbatches):
@@ -265,6 +267,7 @@ def test_bfloat16_compute_has_float32_master_weights():
   assert (moved & same).mean() > 0.4  # steps that would be lost without them
 
 
+@pytest.mark.slow
 def test_dropped_slots_are_recorded():
   config = experiment(AllToAll(buffer_factor=0.25, on_overflow="drop"))
   mesh = make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])

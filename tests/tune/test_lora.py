@@ -159,6 +159,7 @@ def on_one_device():
   return train(MODEL, MeshConfig(data=1))
 
 
+@pytest.mark.slow
 def test_only_adapters_learn():
   state, metrics, _ = on_one_device()
   fresh = paths(adapters_of())

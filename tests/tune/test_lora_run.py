@@ -36,6 +36,7 @@ def adapted(corpus, base, steps=6):  # noqa: F811
   )
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_on_weights_that_stay(corpus, base, tmp_path):  # noqa: F811
   config = adapted(corpus, base)
   assert from_json(to_json(config)) == config

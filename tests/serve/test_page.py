@@ -86,7 +86,8 @@ def test_the_page_shows_an_answer_crystallise(browser, text_model):
 
 @needs_browser
 def test_the_page_fills_a_gap_and_shows_errors(browser, text_model):
-  with Running(text_model) as running, opened(browser, running.url) as page:
+  engine = {"breaks": [tuple(b"break")]}
+  with Running(text_model, engine=engine) as running, opened(browser, running.url) as page:
     page.fill("#prompt", "left")
     page.fill("#suffix", "right")
     page.fill("#tokens", "6")
@@ -98,6 +99,11 @@ def test_the_page_fills_a_gap_and_shows_errors(browser, text_model):
     page.fill("#tokens", "65")
     page.click("#go")
     page.wait_for_selector("#error:has-text('max_tokens: expected a whole number from 1 to 64')")
+    page.fill("#tokens", "8")
+    page.fill("#suffix", "")
+    page.fill("#prompt", "break")
+    page.click("#go:enabled")
+    page.wait_for_selector("#error:has-text('the server failed on this request')")  # in the stream
 
 
 @needs_browser

@@ -38,6 +38,7 @@ CONFIG = tiny(
 # As LLaDA2: a dense layer first, a shared expert.
 MIXED = dataclasses.replace(
   CONFIG,
+  num_hidden_layers=3,
   first_k_dense=1,
   intermediate_size=24,
   moe=dataclasses.replace(MOE, shared_expert_intermediate_size=12),

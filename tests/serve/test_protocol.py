@@ -1,5 +1,8 @@
 """Requests: what is taken, what is refused and in which words."""
 
+import importlib
+import sys
+
 import pytest
 
 from lladax.serve import Ask, Limits, RequestError, parse_chat, parse_completion
@@ -130,3 +133,10 @@ def test_errors_have_the_kind_of_their_status():
 def test_bad_limits_are_errors():
   with pytest.raises(ValueError, match="rows is at least 1; got 0"):
     Limits(rows=0)
+
+
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "fastapi", None)
+  monkeypatch.delitem(sys.modules, "lladax.serve")
+  with pytest.raises(ImportError, match=r"fastapi.*pip install 'lladax\[serve\]'"):
+    importlib.import_module("lladax.serve")

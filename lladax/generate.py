@@ -22,23 +22,15 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import lladax
-from lladax.config import ConfigError, fields_help, override
+from lladax.config import ConfigError
 from lladax.data import encode_with_masks
 from lladax.infer import SamplerConfig, view
 from lladax.model import MASK_TEXT, Model, cut_before
+from lladax.model_flags import open_model
 from lladax.prompts import Answers, Prompt, read_prompts
-from lladax.sharding import MeshConfig
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string(
-  "model",
-  None,
-  "Workdir of a run or one of its checkpoints, a Hugging Face folder or id, or a folder that "
-  "`python -m lladax.hub import` wrote.",
-  required=True,
-)
 flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 flags.DEFINE_multi_string(
   "chat", [], "A message to answer, put into the model's chat template; may be given several times."
@@ -51,24 +43,8 @@ flags.DEFINE_multi_string(
   "stop", [], "Text before which an answer ends; may be given several times."
 )
 flags.DEFINE_integer("seed", 0, "Seed of the first prompt; the others count on from it.")
-flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights. Default: as saved.")
-flags.DEFINE_enum(
-  "weights", None, ["int8", "fp8"], "Experts' weights in eight bits. Default: as --dtype."
-)
-flags.DEFINE_multi_string(
-  "mesh",
-  [],
-  "Devices that share the model, as axis=size, e.g. --mesh=data=1 --mesh=expert=8. Default: one. "
-  "Axes:\n" + fields_help(MeshConfig()),
-)
 flags.DEFINE_bool("watch", False, "Show the canvas while it is denoised.")
 flags.DEFINE_bool("json", False, "Print one JSON object per text instead of the text.")
-flags.DEFINE_multi_string(
-  "set",
-  [],
-  "Field of the sampler as name=value, e.g. --set gen_length=64 --set temperature=0.7. Fields:\n"
-  + fields_help(SamplerConfig()),
-)
 
 
 def main(_):
@@ -95,9 +71,8 @@ def run():
   else:
     texts = FLAGS.prompt or [sys.stdin.read().removesuffix("\n")]
     prompts = [Prompt(prompt=text) for text in texts]
-  mesh = override(MeshConfig(), FLAGS.mesh) if FLAGS.mesh else None
-  model = lladax.load(FLAGS.model, mesh=mesh, dtype=FLAGS.dtype)
-  sampler = override(model.sampler, FLAGS.set)
+  model = open_model()
+  sampler = model.sampler
   if model.config.mask_token_id is not None:
     model = model.for_inference(weights=FLAGS.weights)
   if FLAGS.prompts:

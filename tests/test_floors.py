@@ -32,11 +32,12 @@ FLOORS |= {
   "lladax": {"model", "loading"},
   "hub.__main__": {"lladax", "model", *BELOW},  # the command
   "prompts": set(),
-  "generate": {"lladax", "model", "prompts", *BELOW},  # the command
+  "model_flags": {"loading", "model", *BELOW},
+  "generate": {"model_flags", "model", "prompts", *BELOW},  # the command
   "chat": {"model", *BELOW},
-  "chat.__main__": {"lladax", "chat", "model", *BELOW},  # the command
+  "chat.__main__": {"model_flags", "chat", "model", *BELOW},  # the command
   "serve": {"model", *BELOW},
-  "serve.__main__": {"lladax", "serve", "model", *BELOW},  # the command
+  "serve.__main__": {"model_flags", "serve", "model", *BELOW},  # the command
   "average": {"train", "config"},  # the command
   "host": BELOW,
 }

@@ -18,20 +18,11 @@ import sys
 
 from absl import app, flags, logging
 
-import lladax
-from lladax.config import ConfigError, fields_help, override
-from lladax.infer import SamplerConfig
-from lladax.sharding import MeshConfig
+from lladax.config import ConfigError
+from lladax.model_flags import open_model
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string(
-  "model",
-  None,
-  "Workdir of a run or one of its checkpoints, a Hugging Face folder or id, or a folder that "
-  "`python -m lladax.hub import` wrote.",
-  required=True,
-)
 flags.DEFINE_string("name", None, "What clients call the model. Default: the last part of --model.")
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for every one.")
 flags.DEFINE_integer("port", 8000, "Port to listen at; 0 for a free one.")
@@ -51,19 +42,6 @@ flags.DEFINE_integer("max_body", 1 << 20, "Most bytes of a request.", lower_boun
 flags.DEFINE_bool("open_sampler", False, "Let requests set any field of the sampler.")
 flags.DEFINE_float("drain_seconds", 30.0, "Time for the last answers when the server ends.")
 flags.DEFINE_bool("warm_up", True, "Compile before the first request comes.")
-flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights. Default: as saved.")
-flags.DEFINE_enum(
-  "weights", None, ["int8", "fp8"], "Experts' weights in eight bits. Default: as --dtype."
-)
-flags.DEFINE_multi_string(
-  "mesh",
-  [],
-  "Devices that share the model, as axis=size, e.g. --mesh=data=1 --mesh=expert=8. Default: one. "
-  "Axes:\n" + fields_help(MeshConfig()),
-)
-flags.DEFINE_multi_string(
-  "set", [], "Field of the sampler as name=value. Fields:\n" + fields_help(SamplerConfig())
-)
 
 
 def main(_):
@@ -75,9 +53,7 @@ def main(_):
   except ImportError as error:
     sys.exit(f"error: {error}; the server needs more packages: pip install 'lladax[serve]'")
   try:
-    mesh = override(MeshConfig(), FLAGS.mesh) if FLAGS.mesh else None
-    model = lladax.load(FLAGS.model, mesh=mesh, dtype=FLAGS.dtype)
-    model.sampler = override(model.sampler, FLAGS.set)
+    model = open_model()
     name = FLAGS.name or pathlib.PurePath(FLAGS.model).name
     length = FLAGS.length or min(model.config.max_position_embeddings, 4096)
     served = Served(model=model, name=name, length=length, open_sampler=FLAGS.open_sampler)

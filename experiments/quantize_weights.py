@@ -24,10 +24,6 @@ from lladax.models import Denoiser, ModelConfig, for_inference
 from lladax.models.quantized import WEIGHTS
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", None, "Whatever lladax.load takes.", required=True)
-flags.DEFINE_string("text", None, "A file of text to mask; random tokens if there is none.")
-flags.DEFINE_integer("rows", 64, "How many.", lower_bound=1)
-flags.DEFINE_integer("length", 128, "Tokens of a row.", lower_bound=2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,5 +114,13 @@ def main(_):
   print(table(effects(model.config, model.params, tokens.astype(np.int32))))
 
 
+def define_flags():
+  flags.DEFINE_string("model", None, "Whatever lladax.load takes.", required=True)
+  flags.DEFINE_string("text", None, "A file of text to mask; random tokens if there is none.")
+  flags.DEFINE_integer("rows", 64, "How many.", lower_bound=1)
+  flags.DEFINE_integer("length", 128, "Tokens of a row.", lower_bound=2)
+
+
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

@@ -50,29 +50,6 @@ OURS = (
 )
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum(
-  "size", None, ["proxy", "7b"], "Of the network. Default: 7b where there is a GPU."
-)
-flags.DEFINE_string("model", None, "Whatever lladax.load takes, instead of random weights.")
-flags.DEFINE_multi_string(
-  "ours",
-  list(OURS),
-  "A side of lladax: fields of SamplerConfig, and weights=int8 or fp8, separated by blanks.",
-)
-flags.DEFINE_list(
-  "torch",
-  None,
-  "torch's ways with experts; empty for none. Default: eager, on a GPU grouped_mm as well (on a CPU "
-  "it takes longer).",
-)
-flags.DEFINE_string("prompt", None, "Text of the prompt, for a --model with a tokenizer.")
-flags.DEFINE_integer("prompt_length", 64, "Random tokens before the answer otherwise.")
-flags.DEFINE_integer("gen_length", None, "Default: 512; on a GPU 1024.")
-flags.DEFINE_integer("block_length", 64, "Tokens of a block.")
-flags.DEFINE_integer("steps", None, "Passes of an answer by budget. Default: gen_length / 8.")
-flags.DEFINE_integer("batch", 1, "Answers that are decoded together.", lower_bound=1)
-flags.DEFINE_integer("rounds", 5, "Answers of each side that are timed.", lower_bound=1)
-flags.DEFINE_string("json", None, "File to write the results to.")
 
 
 def on_gpu() -> bool:
@@ -256,5 +233,32 @@ def versions() -> dict[str, str]:
   return found
 
 
+def define_flags():
+  flags.DEFINE_enum(
+    "size", None, ["proxy", "7b"], "Of the network. Default: 7b where there is a GPU."
+  )
+  flags.DEFINE_string("model", None, "Whatever lladax.load takes, instead of random weights.")
+  flags.DEFINE_multi_string(
+    "ours",
+    list(OURS),
+    "A side of lladax: fields of SamplerConfig, and weights=int8 or fp8, separated by blanks.",
+  )
+  flags.DEFINE_list(
+    "torch",
+    None,
+    "torch's ways with experts; empty for none. Default: eager, on a GPU grouped_mm as well (on a CPU "
+    "it takes longer).",
+  )
+  flags.DEFINE_string("prompt", None, "Text of the prompt, for a --model with a tokenizer.")
+  flags.DEFINE_integer("prompt_length", 64, "Random tokens before the answer otherwise.")
+  flags.DEFINE_integer("gen_length", None, "Default: 512; on a GPU 1024.")
+  flags.DEFINE_integer("block_length", 64, "Tokens of a block.")
+  flags.DEFINE_integer("steps", None, "Passes of an answer by budget. Default: gen_length / 8.")
+  flags.DEFINE_integer("batch", 1, "Answers that are decoded together.", lower_bound=1)
+  flags.DEFINE_integer("rounds", 5, "Answers of each side that are timed.", lower_bound=1)
+  flags.DEFINE_string("json", None, "File to write the results to.")
+
+
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

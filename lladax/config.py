@@ -400,8 +400,13 @@ def _from_tree(tree, path: str):
   return _construct(cls, path, **values)
 
 
+# Modules whose classes saved configs name and which have gone elsewhere since.
+_MOVED = {"lladax.infer.denoiser": "lladax.infer.eos", "lladax.infer.sampler": "lladax.infer.config"}
+
+
 def _class_tagged(tag, path: str) -> type:
   module, colon, qualname = str(tag).partition(":")
+  module = _MOVED.get(module, module)
   spec = getattr(sys.modules.get("__main__"), "__spec__", None)
   try:
     running = spec is not None and spec.name.removesuffix(".__main__") == module

@@ -256,3 +256,13 @@ def test_json_of_an_unknown_field_names_it_and_the_known():
 def test_json_refuses_values_that_cannot_be_rebuilt():
   with pytest.raises(ConfigError, match="set"):
     config_lib.to_json(Outer(name={1, 2}))
+
+
+def test_a_config_that_was_saved_before_its_classes_moved_is_read():
+  from lladax.infer import NoEosLogits, SamplerConfig
+
+  config = SamplerConfig(gen_length=64, eos=NoEosLogits())
+  text = to_json(config)
+  old = text.replace("lladax.infer.eos:", "lladax.infer.denoiser:")
+  old = old.replace("lladax.infer.config:", "lladax.infer.sampler:")
+  assert old != text and from_json(old) == config

@@ -401,7 +401,10 @@ def _from_tree(tree, path: str):
 
 
 # Modules whose classes saved configs name and which have gone elsewhere since.
-_MOVED = {"lladax.infer.denoiser": "lladax.infer.eos", "lladax.infer.sampler": "lladax.infer.config"}
+_MOVED = {
+  "lladax.infer.denoiser": "lladax.infer.eos",
+  "lladax.infer.sampler": "lladax.infer.config",
+}
 
 
 def _class_tagged(tag, path: str) -> type:

@@ -1,8 +1,8 @@
 """Planning of decoding: one pass over the whole row (prefill), and one step of a block.
 
 A block's step computes the tokens of the block alone; keys and values of the rest are read from a
-cache. The model has no cache yet: the block's program is compiled, and the cache, its memory and
-its attention are added by arithmetic.
+cache. The block's program is compiled without the cache, whose memory and attention are added by
+arithmetic.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def text(plans: list[DecodePlan], config: Experiment) -> str:
   lines.append(
     "Tokens per second = passes per second x rows x tokens written per pass (1 without parallel "
     "unmasking). Times are arithmetic on compiled programs, as for training; cached keys and values "
-    "(column cache, GiB) are arithmetic alone, because the model has no cache yet."
+    "(column cache, GiB) are arithmetic alone."
   )
   return "\n".join(lines)
 

@@ -26,11 +26,12 @@ from lladax.config import ConfigError
 from lladax.data import encode_with_masks
 from lladax.infer import SamplerConfig, view
 from lladax.model import MASK_TEXT, Model, cut_before
-from lladax.model_flags import open_model
+from lladax.model_flags import define_flags, open_model
 from lladax.prompts import Answers, Prompt, read_prompts
 
 FLAGS = flags.FLAGS
 
+define_flags()
 flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 flags.DEFINE_multi_string(
   "chat", [], "A message to answer, put into the model's chat template; may be given several times."

@@ -12,32 +12,35 @@ from lladax.sharding import MeshConfig
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string(
-  "model",
-  None,
-  "Workdir of a run or one of its checkpoints, a Hugging Face folder or id, or a folder that "
-  "`python -m lladax.hub import` wrote.",
-  required=True,
-)
-flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights. Default: as saved.")
-flags.DEFINE_enum(
-  "weights", None, ["int8", "fp8"], "Experts' weights in eight bits. Default: as --dtype."
-)
-flags.DEFINE_multi_string(
-  "mesh",
-  [],
-  "Devices that share the model, as axis=size, e.g. --mesh=data=1 --mesh=expert=8. Default: one. "
-  "Axes:\n" + fields_help(MeshConfig()),
-)
-flags.DEFINE_enum(
-  "sampler", None, sorted(PUBLISHED), "A published way to decode. Default: the model's own."
-)
-flags.DEFINE_multi_string(
-  "set",
-  [],
-  "Field of the sampler as name=value, e.g. --set gen_length=64 --set temperature=0.7. Fields:\n"
-  + fields_help(SamplerConfig()),
-)
+
+def define_flags():
+  """Defines them: --model, --dtype, --weights, --mesh, --sampler, --set. Each command does so once."""
+  flags.DEFINE_string(
+    "model",
+    None,
+    "Workdir of a run or one of its checkpoints, a Hugging Face folder or id, or a folder that "
+    "`python -m lladax.hub import` wrote.",
+    required=True,
+  )
+  flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights. Default: as saved.")
+  flags.DEFINE_enum(
+    "weights", None, ["int8", "fp8"], "Experts' weights in eight bits. Default: as --dtype."
+  )
+  flags.DEFINE_multi_string(
+    "mesh",
+    [],
+    "Devices that share the model, as axis=size, e.g. --mesh=data=1 --mesh=expert=8. Default: one. "
+    "Axes:\n" + fields_help(MeshConfig()),
+  )
+  flags.DEFINE_enum(
+    "sampler", None, sorted(PUBLISHED), "A published way to decode. Default: the model's own."
+  )
+  flags.DEFINE_multi_string(
+    "set",
+    [],
+    "Field of the sampler as name=value, e.g. --set gen_length=64 --set temperature=0.7. Fields:\n"
+    + fields_help(SamplerConfig()),
+  )
 
 
 def open_model() -> Model:

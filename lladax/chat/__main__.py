@@ -17,10 +17,11 @@ from absl import app, flags, logging
 
 from lladax.chat import Session, talk
 from lladax.config import ConfigError
-from lladax.model_flags import open_model
+from lladax.model_flags import define_flags, open_model
 
 FLAGS = flags.FLAGS
 
+define_flags()
 
 flags.DEFINE_string("system", None, "What the assistant is told before everything else.")
 flags.DEFINE_string("load", None, "A conversation that /save wrote.")

@@ -19,10 +19,11 @@ import sys
 from absl import app, flags, logging
 
 from lladax.config import ConfigError
-from lladax.model_flags import open_model
+from lladax.model_flags import define_flags, open_model
 
 FLAGS = flags.FLAGS
 
+define_flags()
 flags.DEFINE_string("name", None, "What clients call the model. Default: the last part of --model.")
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for every one.")
 flags.DEFINE_integer("port", 8000, "Port to listen at; 0 for a free one.")

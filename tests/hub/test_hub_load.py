@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import jax
 import ml_dtypes
@@ -30,11 +31,12 @@ def load(path, **options):
 def bytes_read(monkeypatch):
   """Tensor -> how many of its bytes were read."""
   counts: dict[str, int] = {}
-  original = Folder.read
+  original, lock = Folder.read, threading.Lock()
 
   def counted(self, name, rows=None):
     tensor = original(self, name, rows)
-    counts[name] = counts.get(name, 0) + tensor.nbytes
+    with lock:  # parts are read by several threads
+      counts[name] = counts.get(name, 0) + tensor.nbytes
     return tensor
 
   monkeypatch.setattr(Folder, "read", counted)

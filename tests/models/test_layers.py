@@ -104,7 +104,7 @@ def attention_of(config):
   rotary, layer = tables(config, jnp.arange(6)), Attention(config)
   params = nn.meta.unbox(layer.init(jax.random.key(4), x, rotary, full())["params"])
   params = jax.tree.map(lambda p: 20 * p if p.ndim == 3 else p, params)
-  apply = jax.jit(lambda params: layer.apply({"params": params}, x, rotary, full()))
+  apply = jax.jit(lambda params: layer.apply({"params": params}, x, rotary, full())[0])
   return params, apply
 
 
@@ -137,7 +137,8 @@ def test_qk_norm_comes_before_rotary():
   want = apply(params)
   x = jax.random.normal(jax.random.key(3), (1, 6, 16))
   rotary = tables(small(), jnp.arange(6) + 11)
-  shifted = Attention(small()).apply({"params": params}, x, rotary, full())
+  shifted, kept = Attention(small()).apply({"params": params}, x, rotary, full())
+  assert kept is None
   np.testing.assert_allclose(shifted, want, atol=1e-4)
 
 

@@ -80,6 +80,7 @@ def test_each_device_holds_its_part_and_no_more():
   assert max(held.values()) < 0.14 * total  # an eighth each, but for norms and routers
 
 
+@pytest.mark.slow
 def test_a_sharded_model_decodes_as_one_on_one_device():
   sampler = SamplerConfig(gen_length=8, steps=4, block_length=4)
   prompts = [[3, 4, 5], [6, 7]]
@@ -167,6 +168,7 @@ def test_ids_without_a_token_stand_for_nothing(chatty):
   assert model.decode([*ids[:2], model.config.vocab_size - 1, *ids[2:]]) == "a plan"
 
 
+@pytest.mark.slow
 def test_the_command_answers_a_message(chatty):
   flags = ["--set=gen_length=16", "--set=steps=8", "--set=block_length=16", "--mesh=expert=4"]
   command = [sys.executable, "-m", "lladax.generate", f"--model={chatty}", "--json", *flags]

@@ -127,7 +127,7 @@ SAMPLERS = {
 }  # fmt: skip
 
 
-SHORT = ("dual", "vicinity")
+SHORT = ("dual",)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,7 @@ def test_the_caches_are_not_all_the_same():
   assert len(results) >= 3
 
 
+@pytest.mark.slow
 def test_passes_are_counted_by_what_the_policy_reads():
   config = dataclasses.replace(BASE, cache=Vicinity(before=3, after=2, warmup=2))
   assert run(config).nfe.tolist() == [16] * 3

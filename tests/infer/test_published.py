@@ -8,7 +8,7 @@ from test_caching import CONFIG, PARAMS, PROMPTS, run
 from lladax.infer.published import PUBLISHED, dinfer, llada
 from lladax.models import Denoiser
 
-SHORT = ("llada2_1",)
+SHORT = ()
 
 
 @pytest.mark.parametrize(

@@ -400,11 +400,8 @@ def _from_tree(tree, path: str):
   return _construct(cls, path, **values)
 
 
-# Modules whose classes saved configs name and which have gone elsewhere since.
-_MOVED = {
-  "lladax.infer.denoiser": "lladax.infer.eos",
-  "lladax.infer.sampler": "lladax.infer.config",
-}
+# Modules that saved configs name and whose classes have gone elsewhere since.
+_MOVED = {"lladax.infer.denoiser": "lladax.infer.eos"}
 
 
 def _class_tagged(tag, path: str) -> type:

@@ -70,6 +70,7 @@ def outputs(notebook, mime):
   return found
 
 
+@pytest.mark.slow
 def test_every_cell_runs(executed):
   notebook, _ = executed
   code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -79,6 +80,7 @@ def test_every_cell_runs(executed):
   assert outputs(notebook, "text/plain")[-1].strip() == sys.executable
 
 
+@pytest.mark.slow
 def test_what_it_promises_is_shown(executed):
   notebook, folder = executed
   assert len(outputs(notebook, "image/png")) == 2

@@ -8,12 +8,9 @@ from test_caching import CONFIG, PARAMS, PROMPTS, run
 from lladax.infer.published import PUBLISHED, dinfer, llada
 from lladax.models import Denoiser
 
-SHORT = ()
 
-
-@pytest.mark.parametrize(
-  "name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_it_decodes(name):
   config = PUBLISHED[name](gen_length=32)
   config = dataclasses.replace(config, top_k=5)

@@ -56,7 +56,7 @@ def on_one_device():
 MESHES = [
   pytest.param(MeshConfig(), marks=pytest.mark.slow),
   pytest.param(MeshConfig(data=2, fsdp=2, expert=2), marks=pytest.mark.slow),
-  MeshConfig(data=2, fsdp=2, context=2),
+  pytest.param(MeshConfig(data=2, fsdp=2, context=2), marks=pytest.mark.slow),
   MeshConfig(fsdp=2, expert=2, tensor=2),
 ]
 

@@ -87,8 +87,15 @@ def assert_close(got, want, rtol=1e-5):
   jax.tree.map(compare, got, want)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda e: type(e).__name__)
+# By default each exchange on another mesh; all of them on all are slow.
+PAIRS = [
+  pytest.param(exchange, mesh, marks=() if i == j else pytest.mark.slow)
+  for i, exchange in enumerate(EXCHANGES)
+  for j, mesh in enumerate(MESHES)
+]
+
+
+@pytest.mark.parametrize("exchange, mesh", PAIRS, ids=str)
 def test_equals_one_device_and_the_dense_layer(exchange, mesh):
   config = dataclasses.replace(CONFIG, exchange=exchange)
   for by in (0.0, SKEW):

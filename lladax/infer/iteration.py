@@ -220,15 +220,15 @@ class Step:
 
   def read(self, block: Block, active: jax.Array) -> tuple[jax.Array, Any]:
     """Guided logits float32[B, W, V] of each row's block, and the memory afterwards."""
-    state, cache = block.state, self.config.cache
+    state, soft, cache = block.state, block.soft, self.config.cache
     if not cache.keeps:
-      return self._guide(self._whole(block, keep=False)[0]), None
+      return self._guide(self._whole(state, soft, keep=False)[0]), None
     whole = cache.whole(block.iteration, state.iterations)
     if cache.uniform:
       logits, memory = jax.lax.cond(
         jnp.any(whole),
-        lambda: self._whole(block, keep=True),
-        lambda: self._window(block, active),
+        lambda: self._whole(state, soft, keep=True),
+        lambda: self._window(state, soft, active),
       )
     else:
       logits, memory = self._by_row(block, whole & active, ~whole & active)
@@ -236,30 +236,28 @@ class Step:
 
   def _by_row(self, block: Block, whole: jax.Array, window: jax.Array):
     """Some rows read all, others their window. What one row needs changes nothing in the others."""
-    old = block.state.memory
+    state, soft = block.state, block.soft
 
     def all_of_it():
-      logits, memory = self._whole(block, keep=True)
-      return logits, select_rows(self.twice(whole), memory, old)
+      logits, memory = self._whole(state, soft, keep=True)
+      return logits, select_rows(self.twice(whole), memory, state.memory)
 
     def mixed():
-      logits, memory = self._whole(block, keep=True)
-      some, kept = self._window(block, window)
+      logits, memory = self._whole(state, soft, keep=True)
+      some, kept = self._window(state, soft, window)
       rows = self.twice(whole)
       return jnp.where(rows[:, None, None], logits, some), select_rows(rows, memory, kept)
 
     way = jnp.where(jnp.any(whole), jnp.where(jnp.any(window), 2, 1), 0)
-    return jax.lax.switch(way, (lambda: self._window(block, window), all_of_it, mixed))
+    return jax.lax.switch(way, (lambda: self._window(state, soft, window), all_of_it, mixed))
 
-  def _whole(self, block: Block, *, keep: bool):
-    state = block.state
+  def _whole(self, state: State, soft, *, keep: bool):
     return self.network.read(
       self.params, *self._inputs(state), at=self.twice(state.column), width=self.width,
-      soft=self._soft(block), keep=keep,
+      soft=self._on_canvas(state, soft), keep=keep,
     )  # fmt: skip
 
-  def _window(self, block: Block, rows: jax.Array):
-    state = block.state
+  def _window(self, state: State, soft, rows: jax.Array):
     length = state.tokens.shape[1]
     before, size = self.config.cache.window(self.width, self.rest)
     behind = max(0, self.network.look_behind - before)
@@ -270,18 +268,15 @@ class Step:
       self.params, *self._inputs(state), at=self.twice(state.column), width=self.width,
       memory=state.memory, start=self.twice(start), size=size,
       refresh=(self.twice(first), self.twice(first + size)), rows=self.twice(rows),
-      soft=self._soft(block),
+      soft=self._on_canvas(state, soft),
     )  # fmt: skip
 
   def settle(self, state: State) -> State:
     """Reads the finished blocks once more, for the keys and values of their final tokens."""
     rows = (state.column + self.width < state.end) & (state.iterations > 0)
-    block = self.begin(state)
-
-    def read():
-      return self._window(block, rows)[1]
-
-    memory = jax.lax.cond(jnp.any(rows), read, lambda: state.memory)
+    memory = jax.lax.cond(
+      jnp.any(rows), lambda: self._window(state, None, rows)[1], lambda: state.memory
+    )
     passes = 2 if self.config.cfg_scale else 1
     return state.replace(memory=memory, nfe=state.nfe + rows * passes)
 
@@ -296,11 +291,12 @@ class Step:
       tokens = jnp.concatenate([tokens, jnp.where(state.given, self.ids.mask, tokens)])
     return tokens, self.twice(state.positions), self.twice(state.segment_ids)
 
-  def _soft(self, block: Block):
-    if block.soft is None:
+  def _on_canvas(self, state: State, soft):
+    """What smoothing adds, [B, W, D] or None, as [B, S, D]."""
+    if soft is None:
       return None
-    shape = (*block.state.tokens.shape, block.soft.shape[-1])
-    return put_columns(jnp.zeros(shape, block.soft.dtype), block.soft, block.state.column)
+    shape = (*state.tokens.shape, soft.shape[-1])
+    return put_columns(jnp.zeros(shape, soft.dtype), soft, state.column)
 
   def _guide(self, logits: jax.Array) -> jax.Array:
     """un + (cfg_scale + 1) (cond - un): unsupervised guidance (SMDM, arXiv 2410.18514)."""
@@ -313,16 +309,14 @@ class Step:
   # --- From block to block ---
 
   def move_on(self, state: State) -> State:
-    """Rows at their next block; those that wrote EOS at their end, where that is asked for."""
+    """Rows at their next block."""
     moved = state.column < state.end
-    if self.config.early_stop:
-      state = self._stop(state)
     column = jnp.where(moved, state.column + self.width, state.column)
     return state.replace(
       column=jnp.minimum(column, jnp.maximum(state.end, state.column)), block=state.block + moved
     )
 
-  def _stop(self, state: State) -> State:
+  def stop_at_eos(self, state: State) -> State:
     """Fills what follows an EOS of this block with EOS, and ends the row there."""
     columns = jnp.arange(state.tokens.shape[1])
     here = (columns >= state.column[:, None]) & (columns < state.column[:, None] + self.width)

@@ -45,6 +45,8 @@ def decode_block(
     return jnp.any(step.active(block)) & (block.iteration < step.bound)
 
   state = jax.lax.while_loop(busy, step.iterate, step.begin(state)).state
+  if config.early_stop:
+    state = step.stop_at_eos(state)
   if config.cache.settles:
     state = step.settle(state)
   return step.move_on(state)

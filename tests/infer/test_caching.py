@@ -114,6 +114,21 @@ def test_block_causal_cache_is_exact():
   np.testing.assert_array_equal(cached.nfe, plain.nfe + np.array(blocks) - 1)
 
 
+@pytest.mark.slow
+def test_a_row_that_has_ended_is_not_read_again():
+  network = Denoiser(CONFIG, block_length=8)
+  config = dataclasses.replace(
+    BASE, gen_length=32, steps=32, align_blocks=True, early_stop=True, temperature=3.0
+  )
+  prompts = [list(range(8)), list(range(16)), [5] * 8]
+  plain = run(config, prompts, network=network, seeds=4)
+  cached = run(dataclasses.replace(config, cache=BlockCausal()), prompts, network=network, seeds=4)
+  assert texts(cached) == texts(plain)
+  blocks = plain.nfe // 8  # that were decoded
+  assert blocks.min() < 4
+  np.testing.assert_array_equal(cached.nfe, plain.nfe + blocks - 1)
+
+
 SAMPLERS = {
   "dual": {"cache": DualCache(), "unmask": Threshold(0.3)},
   "prefix": {"cache": PrefixCache(), "unmask": Entropy(alg_temp=0.5), "temperature": 0.7},

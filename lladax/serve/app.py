@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
 import json
 import pathlib
@@ -32,6 +33,71 @@ PAGE = pathlib.Path(__file__).with_name("page.html")
 PAGE_POLICY = (
   "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Desk:
+  """Takes requests in: who may ask, what is asked, and how it is answered.
+
+  Attributes: see `make_app`.
+  """
+
+  served: Served
+  scheduler: Scheduler
+  metrics: Metrics
+  limits: Limits
+  api_key: str | None
+
+  async def read(self, request: Request, parse: Callable[[object, Limits], Ask]) -> Ask:
+    self.check_key(request)
+    if not self.scheduler.alive:
+      raise RequestError("the server is shutting down", status=503, code="unavailable")
+    ask = parse(await read_json(request, self.limits.body_bytes), self.limits)
+    if ask.model not in (None, self.served.name):
+      raise RequestError(
+        f"there is no model {ask.model!r} here; there is {self.served.name!r}",
+        status=404,
+        param="model",
+        code="model_not_found",
+      )
+    return ask
+
+  def check_key(self, request: Request):
+    if self.api_key is None:
+      return
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+      raise RequestError(
+        "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+        status=401,
+        code="invalid_api_key",
+      )
+
+  async def answer(self, request: Request, ask: Ask, style: Style) -> Response:
+    # Tokenizers take their time with a long text; the event loop has others to serve.
+    rows = await asyncio.to_thread(self.submit, ask, asyncio.get_running_loop())
+    if ask.stream:
+      head = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+      stream = rows.stream(request, style)
+      return StreamingResponse(stream, media_type="text/event-stream", headers=head)
+    tree = await rows.whole(request, style)
+    return JSONResponse(tree) if tree is not None else Response(status_code=499)
+
+  def submit(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> Rows:
+    config = self.served.config(ask)
+    rows = Rows(ask, loop, self.scheduler.cancel, self.metrics)
+    jobs: list[Job] = []
+    for index, (made, answer, prompt) in enumerate(self.served.requests(ask, config)):
+      job = Job(config=config, request=made, listen=rows.listener(index))
+      rows.add(job, answer, prompt)
+      jobs.append(job)
+    try:
+      self.scheduler.submit(jobs)
+    except QueueFull as error:
+      raise RequestError(str(error), status=429, code="queue_full") from None
+    except Stopping as error:
+      raise RequestError(str(error), status=503, code="unavailable") from None
+    return rows
 
 
 def make_app(
@@ -66,81 +132,32 @@ def make_app(
   # Without FastAPI's pages about the paths: they load scripts from elsewhere.
   app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
 
-  async def read(request: Request, parse: Callable[[object, Limits], Ask]) -> Ask:
-    check_key(request)
-    if not scheduler.alive:
-      raise RequestError("the server is shutting down", status=503, code="unavailable")
-    ask = parse(await read_json(request, limits.body_bytes), limits)
-    if ask.model not in (None, served.name):
-      raise RequestError(
-        f"there is no model {ask.model!r} here; there is {served.name!r}",
-        status=404,
-        param="model",
-        code="model_not_found",
-      )
-    return ask
-
-  def check_key(request: Request):
-    if api_key is None:
-      return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-    if not hmac.compare_digest(given.encode(), api_key.encode()):
-      raise RequestError(
-        "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
-        status=401,
-        code="invalid_api_key",
-      )
-
-  async def answer(request: Request, ask: Ask, style: Style) -> Response:
-    # Tokenizers take their time with a long text; the event loop has others to serve.
-    rows = await asyncio.to_thread(submit, ask, asyncio.get_running_loop())
-    if ask.stream:
-      head = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-      stream = rows.stream(request, style)
-      return StreamingResponse(stream, media_type="text/event-stream", headers=head)
-    tree = await rows.whole(request, style)
-    return JSONResponse(tree) if tree is not None else Response(status_code=499)
-
-  def submit(ask: Ask, loop: asyncio.AbstractEventLoop) -> Rows:
-    config = served.config(ask)
-    rows = Rows(ask, loop, scheduler.cancel, metrics)
-    jobs: list[Job] = []
-    for index, (made, answer, prompt) in enumerate(served.requests(ask, config)):
-      job = Job(config=config, request=made, listen=rows.listener(index))
-      rows.add(job, answer, prompt)
-      jobs.append(job)
-    try:
-      scheduler.submit(jobs)
-    except QueueFull as error:
-      raise RequestError(str(error), status=429, code="queue_full") from None
-    except Stopping as error:
-      raise RequestError(str(error), status=503, code="unavailable") from None
-    return rows
+  desk = Desk(served=served, scheduler=scheduler, metrics=metrics, limits=limits, api_key=api_key)
 
   @app.post("/v1/completions")
   async def completions(request: Request):
-    ask = await read(request, parse_completion)
-    return await answer(request, ask, completion_style(served.name))
+    ask = await desk.read(request, parse_completion)
+    return await desk.answer(request, ask, completion_style(served.name))
 
   @app.post("/v1/chat/completions")
   async def chat_completions(request: Request):
-    ask = await read(request, parse_chat)
+    ask = await desk.read(request, parse_chat)
     if served.model.conversation is None:
       raise RequestError(
         f"{served.name!r} has no chat template: it was trained on text; use /v1/completions",
         param="messages",
         code="no_chat_template",
       )
-    return await answer(request, ask, chat_style(served.name))
+    return await desk.answer(request, ask, chat_style(served.name))
 
   @app.get("/v1/models")
   async def models(request: Request):
-    check_key(request)
+    desk.check_key(request)
     return {"object": "list", "data": [served.about()]}
 
   @app.get("/v1/models/{name:path}")
   async def model(request: Request, name: str):
-    check_key(request)
+    desk.check_key(request)
     if name != served.name:
       raise RequestError(f"there is no model {name!r}", status=404, code="model_not_found")
     return served.about()

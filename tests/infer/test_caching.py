@@ -25,7 +25,7 @@ from lladax.infer import (
   generate,
 )
 from lladax.infer.caching import Cache
-from lladax.models import Denoiser, init_params, tiny
+from lladax.models import Denoiser, for_inference, init_params, tiny
 
 MASK, EOS, PAD = 30, 31, 31
 CONFIG = dataclasses.replace(
@@ -71,35 +71,43 @@ def test_refreshed_in_every_step_is_no_cache(cache):
   np.testing.assert_allclose(cached.confidence, plain.confidence, atol=1e-5)
 
 
-@pytest.mark.parametrize("shift", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift):
-  config = dataclasses.replace(CONFIG, shift=shift)
+@pytest.mark.parametrize(
+  "shift, apart",
+  [(True, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in
+                   [(False, True), (True, False), (False, False)])],
+)  # fmt: skip
+def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift, apart):
+  """Of layers that are `apart` the last one computes no more columns than are asked for."""
+  config, params = dataclasses.replace(CONFIG, shift=shift), PARAMS
   network = Denoiser(config)
-  tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 30)
-  segments = jnp.ones((2, 24), jnp.int32).at[1, 20:].set(0)
-  positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
-  at, canvas = jnp.array([4, 11]), (tokens, positions, segments)
+  tokens = jax.random.randint(jax.random.key(0), (3, 24), 0, 30)
+  segments = jnp.ones((3, 24), jnp.int32).at[1, 20:].set(0)
+  positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
+  at, canvas = jnp.array([4, 11, 0]), (tokens, positions, segments)
+  everywhere = network(PARAMS, *canvas)
+  if apart:
+    config, params = for_inference(config, PARAMS)
+    network = Denoiser(config)
   logits, memory = jax.jit(functools.partial(network.read, width=8, keep=True))(
-    PARAMS, *canvas, at=at
+    params, *canvas, at=at
   )
-  start = at - network.look_behind
+  start = jnp.maximum(at - network.look_behind, 0)
   window, kept = jax.jit(
-    functools.partial(network.read_window, width=8, size=8 + network.look_behind)
-  )(PARAMS, *canvas, at=at, memory=memory, start=start)
+    functools.partial(network.read_window, width=8, size=12 + network.look_behind)
+  )(params, *canvas, at=at, memory=memory, start=start)
   np.testing.assert_allclose(window, logits, atol=2e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), kept, memory)
-  everywhere = network(PARAMS, tokens, positions, segments)
-  for row in range(2):
+  for row in range(3):
     np.testing.assert_allclose(logits[row], everywhere[row, at[row] : at[row] + 8], atol=2e-5)
   # Changed columns change what is kept of them, and of no others; rows that are left out keep all.
   changed = (jnp.where(tokens == 5, 6, 5), positions, segments)
   _, kept = jax.jit(functools.partial(network.read_window, width=8, size=8))(
-    PARAMS, *changed, at=at, memory=memory, start=at, refresh=(at + 2, at + 5),
-    rows=jnp.array([True, False]),
+    params, *changed, at=at, memory=memory, start=at, refresh=(at + 2, at + 5),
+    rows=jnp.array([True, False, False]),
   )  # fmt: skip
   for old, new in zip(jax.tree.leaves(memory), jax.tree.leaves(kept), strict=True):
     differs = np.abs(np.asarray(old - new)).max((0, 3, 4)) > 0  # [B, S]
-    assert differs[0].nonzero()[0].tolist() == [6, 7, 8] and not differs[1].any()
+    assert differs[0].nonzero()[0].tolist() == [6, 7, 8] and not differs[1:].any()
 
 
 def test_block_causal_cache_is_exact():

@@ -18,7 +18,7 @@ from lladax.infer.drawing import (
   token_probability,
 )
 from lladax.infer.network import Network
-from lladax.infer.state import State
+from lladax.infer.state import History, State
 from lladax.models.cache import put_columns, take_columns
 
 
@@ -84,7 +84,8 @@ class Step:
     config, rows = self.config, len(state.column)
     if config.edit is not None:
       shape = (self.bound, rows, self.width)
-      state = state.replace(history=jnp.zeros(shape, jnp.int32))
+      history = History(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+      state = state.replace(history=history)
     at_start = jnp.sum(self.masked(state), axis=1, dtype=jnp.int32)
     credit = soft = None
     if config.credit is not None or config.smoothing is not None:
@@ -165,8 +166,12 @@ class Step:
     state = state.replace(memory=memory, nfe=state.nfe + reading * passes)
     state = self._write(state, drawn, confidence, commit | replace, remask, active)
     if state.history is not None:
-      now = take_columns(state.tokens, state.column, self.width)
-      state = state.replace(history=state.history.at[block.iteration].set(now))
+      now = (take_columns(x, state.column, self.width) for x in (state.tokens, state.confidence))
+      history = jax.tree.map(
+        lambda all_of_them, one: all_of_them.at[block.iteration].set(one),
+        state.history, History(*now),
+      )  # fmt: skip
+      state = state.replace(history=history)
     soft = block.soft
     if config.smoothing is not None:
       soft = self._soften(logits, state)

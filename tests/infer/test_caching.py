@@ -28,6 +28,7 @@ from lladax.infer import (
   infill,
 )
 from lladax.infer.caching import Cache
+from lladax.infer.earlier import earlier_texts, shown
 from lladax.models import Denoiser, init_params, tiny
 
 MASK, EOS, PAD = 30, 31, 31
@@ -117,9 +118,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize(
-  "name", [n if n == "plain" else pytest.param(n, marks=pytest.mark.slow) for n in EXACT]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in EXACT])
 def test_block_causal_cache_is_exact(name):
   network = Denoiser(dataclasses.replace(CONFIG, shift=name == "shifted"), block_length=8)
   config = dataclasses.replace(BY_BLOCKS, **EXACT[name])
@@ -279,3 +278,29 @@ def test_frames_show_what_was_written_and_taken_back(edit):
     for place in range(len(prompt), frames.shape[1]):
       assert (frames[when[place] + 1 :, place] == frames[-1, place]).all()
   assert changes > 0
+  for row, updates in enumerate(engine_updates(config)):
+    tokens, when, sure = ([] for _ in range(3))
+    earlier = []
+    for update in updates:
+      earlier += [dataclasses.replace(e, place=e.place + len(tokens)) for e in update.earlier]
+      tokens += update.tokens
+      when += update.revealed_at
+      sure += update.confidence
+    assert len(earlier) >= 1 and all((e.confidence > 0) == (e.token is not None) for e in earlier)
+    texts = earlier_texts(earlier, lambda ids: f"{ids[0]}")
+    for number, frame in enumerate(result.frames(row)[:, len(PROMPTS[row]) :]):
+      places = shown([f"{token}" for token in tokens], when, sure, number, texts)
+      assert [MASK if place is None else int(place.text) for place in places] == frame.tolist()
+
+
+def engine_updates(config):
+  """The updates of each prompt, in the shapes that `run` has compiled."""
+  ids = {"mask_id": MASK, "eos_ids": EOS, "pad_id": PAD}
+  engine = Engine(Denoiser(CONFIG), PARAMS, config, slots=3, length=32, **ids)
+  for prompt in PROMPTS:
+    engine.add(Request(ids=prompt))
+  updates = [[] for _ in PROMPTS]
+  while engine.free < 3:
+    for update in engine.step():
+      updates[update.ticket].append(update)
+  return updates

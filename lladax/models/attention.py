@@ -29,10 +29,13 @@ class AttentionMask:
       of this pass; None: the same columns.
     block_length: None, or the length of the blocks of a block-causal mask: a position attends to
       its own block and to earlier ones. 1 is causal attention.
+    first: int32[B], which of the keys' columns the first one of this pass is, for `block_length`;
+      None: the first.
   """
 
   segment_ids: SegmentIds | None = None
   key_segment_ids: SegmentIds | None = None
+  first: jax.Array | None = None
   block_length: int | None = struct.field(pytree_node=False, default=None)
 
   def valid(self) -> BoolPerToken | None:
@@ -40,17 +43,15 @@ class AttentionMask:
     return None if self.segment_ids is None else self.segment_ids > 0
 
   def asked_by(self, wanted: Columns) -> AttentionMask:
-    """The same where only these columns ask.
-
-    Raises:
-      ValueError: with a `block_length`, which counts the asking columns from the first one.
-    """
-    if self.block_length is not None:
-      raise ValueError(f"some columns cannot ask under a block_length; got {self.block_length}")
-    if self.segment_ids is None:
-      return self
-    keys = self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
-    return AttentionMask(segment_ids=wanted.take(self.segment_ids), key_segment_ids=keys)
+    """The same where only these columns of the pass ask."""
+    ids, keys = self.segment_ids, self.key_segment_ids
+    first = wanted.start if self.first is None else self.first + wanted.start
+    return AttentionMask(
+      segment_ids=None if ids is None else wanted.take(ids),
+      key_segment_ids=ids if keys is None else keys,
+      first=None if self.block_length is None else first,
+      block_length=self.block_length,
+    )
 
 
 def full() -> AttentionMask:
@@ -108,22 +109,28 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
       "keys from memory are not split over a context axis; decode on a mesh with context=1"
     )
 
-  def local(query, key, value, *segment_ids):
+  more = {
+    "segment_ids": (mask.segment_ids, of_ids),
+    "key_segment_ids": (mask.key_segment_ids, of_keys_ids),
+    "query_offset": (mask.first, joined(*of_query[:1])),
+  }
+  more = {name: pair for name, pair in more.items() if pair[0] is not None}
+
+  def local(query, key, value, *rest):
+    rest = dict(zip(more, rest, strict=True))
     if context:
       query, key, value = _heads_for_length(context, query, key, value)
-      segment_ids = [jax.lax.all_gather(ids, context, axis=1, tiled=True) for ids in segment_ids]
-    ids = dict(zip(("segment_ids", "key_segment_ids"), segment_ids, strict=False))
-    out = attention(query, key, value, **ids, block_length=mask.block_length)
+      rest = {
+        name: jax.lax.all_gather(ids, context, axis=1, tiled=True) for name, ids in rest.items()
+      }
+    out = attention(query, key, value, **rest, block_length=mask.block_length)
     if context:
       out = jax.lax.all_to_all(out, context, split_axis=1, concat_axis=2, tiled=True)
     return out
 
-  args, specs = (query, key, value), (of_query, of_key, of_key)
-  if mask.segment_ids is not None:
-    args, specs = (*args, mask.segment_ids), (*specs, of_ids)
-  if mask.key_segment_ids is not None:
-    args, specs = (*args, mask.key_segment_ids), (*specs, of_keys_ids)
-  return on_devices(local, specs, of_query, *args)
+  args, specs = zip(*more.values(), strict=True) if more else ((), ())
+  specs = (of_query, of_key, of_key, *specs)
+  return on_devices(local, specs, of_query, query, key, value, *args)
 
 
 def _heads_for_length(axis: str, query, key, value):

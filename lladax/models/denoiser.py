@@ -108,17 +108,16 @@ class Denoiser:
     Returns:
       float32 logits [B, W, V] and the memory with the new columns.
     """
-    own_segments = take_columns(segment_ids, start, size)
-    keys = segment_ids
-    columns = jnp.arange(segment_ids.shape[1])
-    if self.block_length is not None:
-      # Later blocks are not seen. The window is one block.
-      keys = jnp.where(columns < (start + size)[:, None], segment_ids, 0)
     logits, new = self._read(
       params,
       take_columns(tokens, start, size),
       positions=take_columns(positions, start, size),
-      mask=AttentionMask(segment_ids=own_segments, key_segment_ids=keys),
+      mask=AttentionMask(
+        segment_ids=take_columns(segment_ids, start, size),
+        key_segment_ids=segment_ids,
+        first=start,
+        block_length=self.block_length,
+      ),  # fmt: skip
       at=at - start,
       width=width,
       soft=None if soft is None else take_columns(soft, start, size),

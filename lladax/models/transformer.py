@@ -217,7 +217,7 @@ class Transformer(nn.Module):
     last = {}
     if wanted is not None:
       positions = wanted.take(positions)
-      if _may_leave_out(config, mask, x):
+      if _may_leave_out(config, x):
         last = {"wanted": wanted}
     if config.num_dense_layers:
       more = {} if config.num_routed_layers else last
@@ -285,11 +285,9 @@ class Transformer(nn.Module):
     return self.lm_head(), _Head.AXES
 
 
-def _may_leave_out(config: ModelConfig, mask: AttentionMask, x: jax.Array) -> bool:
+def _may_leave_out(config: ModelConfig, x: jax.Array) -> bool:
   """Whether the last layer can compute some columns of x [B, L, D] only."""
-  return (
-    not config.stacked and mask.block_length is None and spec(x.shape, "batch", "length")[1] is None
-  )
+  return not config.stacked and spec(x.shape, "batch", "length")[1] is None
 
 
 class _Head(nn.Module):

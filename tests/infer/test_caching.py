@@ -13,18 +13,22 @@ from lladax.infer import (
   Credit,
   DualCache,
   EditTokens,
+  Engine,
   Entropy,
   Hierarchical,
   NoCache,
   PrefixCache,
   RemaskLow,
+  Request,
   SamplerConfig,
   Smoothing,
   Threshold,
   Vicinity,
   generate,
+  infill,
 )
 from lladax.infer.caching import Cache
+from lladax.infer.earlier import earlier_texts, shown
 from lladax.models import Denoiser, for_inference, init_params, tiny
 
 MASK, EOS, PAD = 30, 31, 31
@@ -110,31 +114,80 @@ def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift, apa
     assert differs[0].nonzero()[0].tolist() == [6, 7, 8] and not differs[1:].any()
 
 
-def test_block_causal_cache_is_exact():
-  network = Denoiser(CONFIG, block_length=8)
-  config = dataclasses.replace(BASE, gen_length=24, steps=24, align_blocks=True)
-  plain = run(config, network=network)
-  cached = run(dataclasses.replace(config, cache=BlockCausal()), network=network)
+BY_BLOCKS = dataclasses.replace(BASE, gen_length=24, steps=24, align_blocks=True)
+EXACT = {
+  "plain": {},
+  "drawn": {"unmask": Threshold(0.3), "temperature": 0.7},
+  "ended": {"early_stop": True, "temperature": 20.0},
+  "guided": {"cfg_scale": 1.0},
+  "edited": {"unmask": Threshold(0.1), "edit": EditTokens(0.05, extra_steps=3)},
+  "smoothed": {"smoothing": Smoothing()},
+  "shifted": {},
+  "apart": {},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in EXACT])
+def test_block_causal_cache_is_exact(name):
+  network = Denoiser(dataclasses.replace(CONFIG, shift=name == "shifted"), block_length=8)
+  config = dataclasses.replace(BY_BLOCKS, **EXACT[name])
+  plain = run(config, network=network, seeds=4)
+  params = PARAMS
+  if name == "apart":
+    of_network, params = for_inference(CONFIG, PARAMS)
+    network = Denoiser(of_network, block_length=8)
+  cached = dataclasses.replace(config, cache=BlockCausal())
+  cached = run(cached, network=network, params=params, seeds=4)
   assert texts(cached) == texts(plain)
   np.testing.assert_allclose(cached.confidence, plain.confidence, atol=1e-5)
-  # One pass more for each finished block that another follows.
-  blocks = [-(-(len(p) % 8 + 24) // 8) for p in PROMPTS]
-  np.testing.assert_array_equal(cached.nfe, plain.nfe + np.array(blocks) - 1)
+  np.testing.assert_array_equal(cached.nfe, plain.nfe)
+  for row in range(len(PROMPTS)):
+    np.testing.assert_array_equal(cached.frames(row), plain.frames(row))
+  if name == "ended":
+    assert cached.nfe.min() < 24
 
 
 @pytest.mark.slow
-def test_a_row_that_has_ended_is_not_read_again():
+def test_a_block_with_nothing_to_write_is_read_once():
+  network, full = Denoiser(CONFIG, block_length=8), list(range(8))
+  config = dataclasses.replace(BY_BLOCKS, unmask=Threshold(0.3, start=1.0, decay=0.1))
+  some = [1, 2, MASK, MASK, MASK, 3, 4, 5]
+  rows = [full + some + full + some, some + full + full + some + full, some + some + some + full]
+  options = {"mask_id": MASK, "eos_id": EOS, "pad_id": PAD, "block_length": 8}
+  plain = infill(network, PARAMS, rows, config, **options)
+  cached = infill(
+    network, PARAMS, rows, dataclasses.replace(config, cache=BlockCausal()), **options
+  )
+  assert texts(cached) == texts(plain)
+  # Between the first block that is written and the last of the row.
+  np.testing.assert_array_equal(cached.nfe, plain.nfe + np.array([1, 2, 0]))
+  np.testing.assert_array_equal(cached.revealed_at, plain.revealed_at)
+
+
+def test_rows_of_an_engine_begin_while_others_are_at_later_blocks():
   network = Denoiser(CONFIG, block_length=8)
   config = dataclasses.replace(
-    BASE, gen_length=32, steps=32, align_blocks=True, early_stop=True, temperature=3.0
+    BY_BLOCKS, unmask=Threshold(0.3), temperature=0.7, cache=BlockCausal()
   )
-  prompts = [list(range(8)), list(range(16)), [5] * 8]
-  plain = run(config, prompts, network=network, seeds=4)
-  cached = run(dataclasses.replace(config, cache=BlockCausal()), prompts, network=network, seeds=4)
-  assert texts(cached) == texts(plain)
-  blocks = plain.nfe // 8  # that were decoded
-  assert blocks.min() < 4
-  np.testing.assert_array_equal(cached.nfe, plain.nfe + blocks - 1)
+  engine = Engine(
+    network, PARAMS, config, slots=2, length=48, mask_id=MASK, eos_ids=EOS, pad_id=PAD
+  )
+  waiting = [
+    Request(ids=prompt, seed=9 + row, gen_length=length)
+    for row, (prompt, length) in enumerate(zip(PROMPTS, [9, 24, 16], strict=True))
+  ]
+  rows = [list(request.ids) for request in waiting]
+  passes, number = [0] * 3, 0
+  while waiting or engine.free < 2:
+    if waiting and engine.free:  # one at a time, so that nobody begins with somebody else
+      number = engine.add(waiting.pop(0))
+    for update in engine.step():
+      rows[update.ticket] += update.tokens[max(0, -update.first) :]
+      passes[update.ticket] = update.nfe
+  assert number == 2
+  plain = dataclasses.replace(config, cache=NoCache())
+  want = run(plain, network=network, seeds=9, gen_lengths=[9, 24, 16])
+  assert rows == texts(want) and passes == want.nfe.tolist()
 
 
 SAMPLERS = {
@@ -239,3 +292,29 @@ def test_frames_show_what_was_written_and_taken_back(edit):
     for place in range(len(prompt), frames.shape[1]):
       assert (frames[when[place] + 1 :, place] == frames[-1, place]).all()
   assert changes > 0
+  for row, updates in enumerate(engine_updates(config)):
+    tokens, when, sure = ([] for _ in range(3))
+    earlier = []
+    for update in updates:
+      earlier += [dataclasses.replace(e, place=e.place + len(tokens)) for e in update.earlier]
+      tokens += update.tokens
+      when += update.revealed_at
+      sure += update.confidence
+    assert len(earlier) >= 1 and all((e.confidence > 0) == (e.token is not None) for e in earlier)
+    texts = earlier_texts(earlier, lambda ids: f"{ids[0]}")
+    for number, frame in enumerate(result.frames(row)[:, len(PROMPTS[row]) :]):
+      places = shown([f"{token}" for token in tokens], when, sure, number, texts)
+      assert [MASK if place is None else int(place.text) for place in places] == frame.tolist()
+
+
+def engine_updates(config):
+  """The updates of each prompt, in the shapes that `run` has compiled."""
+  ids = {"mask_id": MASK, "eos_ids": EOS, "pad_id": PAD}
+  engine = Engine(Denoiser(CONFIG), PARAMS, config, slots=3, length=32, **ids)
+  for prompt in PROMPTS:
+    engine.add(Request(ids=prompt))
+  updates = [[] for _ in PROMPTS]
+  while engine.free < 3:
+    for update in engine.step():
+      updates[update.ticket].append(update)
+  return updates

@@ -19,7 +19,7 @@ from lladax.infer.drawing import (
 )
 from lladax.infer.network import Network
 from lladax.infer.state import History, State
-from lladax.models.cache import put_columns, take_columns
+from lladax.models.cache import put_columns, select_rows, take_columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -356,15 +356,6 @@ class Step:
       revealed_at=jnp.where(fill, last, state.revealed_at),
       end=jnp.where(ended, jnp.minimum(state.end, state.column + self.width), state.end),
     )
-
-
-def select_rows(rows: jax.Array, yes, no):
-  """Memory [n, B, ...] of `yes` in these rows, of `no` in the others."""
-
-  def select(a, b):
-    return jnp.where(rows.reshape(1, -1, *(1,) * (a.ndim - 2)), a, b)
-
-  return jax.tree.map(select, yes, no)
 
 
 def fold_in(keys: jax.Array, data: jax.Array) -> jax.Array:

@@ -154,9 +154,9 @@ def _heads_for_length(axis: str, query, key, value):
 class Attention(nn.Module):
   """Multi-head attention with per-head QK-norm before rotary, as LLaDA-MoE has it.
 
-  `rotary`: cos and sin of `rotary_tables`. With a `place` the keys and values of these columns are
-  returned too, and with `memory` those of the other columns are read from there. With `wanted` only
-  these columns ask, and the result is [B, W, D]; all of them are still looked at.
+  `rotary`: cos and sin of `rotary_tables`. With a `place` keys and values are returned too: of these
+  columns, or with `memory`, where those of the other columns are read, of all of them. With `wanted`
+  only these columns ask, and the result is [B, W, D]; all of them are still looked at.
   """
 
   config: ModelConfig
@@ -189,11 +189,11 @@ class Attention(nn.Module):
     if config.qk_norm:
       norm = functools.partial(RMSNorm, config.rms_norm_eps, ("batch", "length", "heads", None))
       query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
-    own = read = KeyValues(rotate(key, *rotary), value)
+    kept = KeyValues(rotate(key, *rotary), value)
     if memory is not None:
-      read, own = insert(memory, own, place)
+      kept = insert(memory, kept, place)
     mask = mask if wanted is None else mask.asked_by(wanted)
-    out = attend(rotate(query, *turn), read.key, read.value, mask)
+    out = attend(rotate(query, *turn), kept.key, kept.value, mask)
     axes = ("heads", "head_dim", "embed")
     out = Projection((x.shape[-1],), axes, inputs=2, name="out", **shared)(out)
-    return out, None if place is None else own
+    return out, None if place is None else kept

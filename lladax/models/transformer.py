@@ -91,14 +91,16 @@ class Unstacked(nn.Module):
   length: int
 
   @nn.compact
-  def __call__(self, x: jax.Array, memory: KeyValues | None, *rest, wanted: Columns | None = None):
-    results = []
+  def __call__(self, x: jax.Array, memory: tuple | None, *rest, wanted: Columns | None = None):
+    stats, kept = [], []
     for n in range(self.length):
-      own = jax.tree.map(lambda stack, n=n: stack[n], memory)
+      own = None if memory is None else memory[n]
       of_last = wanted if n == self.length - 1 else None
-      x, result = Layer(self.config, self.routed, name=f"layer_{n}")(x, own, *rest, of_last)
-      results.append(result)
-    return x, jax.tree.map(lambda *each: jnp.stack(each), *results)
+      layer = Layer(self.config, self.routed, name=f"layer_{n}")
+      x, (of_layer, kept_of_layer) = layer(x, own, *rest, of_last)
+      stats.append(of_layer)
+      kept.append(kept_of_layer)
+    return x, (jax.tree.map(lambda *each: jnp.stack(each), *stats), tuple(kept))
 
 
 class Transformer(nn.Module):
@@ -287,7 +289,7 @@ class Transformer(nn.Module):
 
 def _may_leave_out(config: ModelConfig, x: jax.Array) -> bool:
   """Whether the last layer can compute some columns of x [B, L, D] only."""
-  return not config.stacked and spec(x.shape, "batch", "length")[1] is None
+  return not config.stacked and spec(x.shape[:2], "batch", "length")[1] is None
 
 
 class _Head(nn.Module):

@@ -12,6 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lladax.sharding import constrain
+
+# Logical names of the axes [n, B, S, K, H]: how memory lies on a mesh.
+MEMORY_AXES = (None, "batch", None, "heads", None)
+
 
 @struct.dataclass
 class KeyValues:
@@ -77,8 +82,11 @@ def insert(memory: KeyValues, new: KeyValues, place: Place) -> tuple[KeyValues, 
     inside = (columns >= place.first[:, None]) & (columns < place.end[:, None])
     return jnp.where(inside[..., None, None], fresh, take_columns(old, place.start, size))
 
+  def put(old, own):
+    return constrain(put_columns(old, own, place.start), *MEMORY_AXES[1:])
+
   new = jax.tree.map(merge, memory, new)
-  return jax.tree.map(lambda old, own: put_columns(old, own, place.start), memory, new), new
+  return jax.tree.map(put, memory, new), new
 
 
 def remember(
@@ -98,6 +106,7 @@ def remember(
       size = fresh.shape[2]
       before = jax.vmap(lambda layer: take_columns(layer, start, size))(old)
       fresh = jnp.where(rows[:, None, None, None], fresh, before)
-    return jax.vmap(lambda layer, columns: put_columns(layer, columns, start))(old, fresh)
+    new = jax.vmap(lambda layer, columns: put_columns(layer, columns, start))(old, fresh)
+    return constrain(new, *MEMORY_AXES)
 
   return jax.tree.map(put, memory, new)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lladax.models.attention import AttentionMask, segments
-from lladax.models.cache import KeyValues, Memory, Place, remember, take_columns
+from lladax.models.cache import MEMORY_AXES, KeyValues, Memory, Place, remember, take_columns
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.transformer import Transformer
 from lladax.sharding import constrain
@@ -149,6 +149,6 @@ def _empty_memory(config: ModelConfig, rows: int, length: int) -> Memory:
       return None
     shape = (layers, rows, length, config.kv_heads, config.head_size)
     zeros = jnp.zeros(shape, dtype_of(config.dtype))
-    return KeyValues(*(constrain(zeros, None, "batch", None, "heads", None) for _ in range(2)))
+    return KeyValues(*(constrain(zeros, *MEMORY_AXES) for _ in range(2)))
 
   return Memory(stack(config.num_dense_layers), stack(config.num_routed_layers))

@@ -35,7 +35,7 @@ class Lowered:
     optimizer: abstract state of the optimizer, and counters; None for decoding.
     expected: how often loops run whose count is data, for `loops.visits`.
     live: the share of their stated cost that kernels are expected to do, for `cost.program_cost`.
-    tokens: per device, all microbatches together.
+    tokens: per device, all microbatches together; of decoding, the positions of all devices.
   """
 
   lowered: jax.stages.Lowered

@@ -1,18 +1,15 @@
 """The command on files of prompts: read, answered, gone on with."""
 
-import dataclasses
 import io
 import json
 import subprocess
 import sys
 
 import pytest
+from small_models import save_chatty
 
 import lladax
-from lladax.data import train_bpe
 from lladax.infer import SamplerConfig
-from lladax.models import llada_moe_7b_a1b
-from lladax.moe import MoEConfig
 from lladax.prompts import Answers, Prompt, read_prompts
 
 
@@ -82,27 +79,7 @@ def test_answers_are_gone_on_with(tmp_path):
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
-  """A folder of a small LLaDA-MoE with random weights and a tokenizer that has turns."""
-  tokenizer = train_bpe(["a man, a plan, a canal: panama " * 40], 280)
-  tokenizer.engine.add_special_tokens(["<role>", "</role>", "<|role_end|>"])
-  config = dataclasses.replace(
-    llada_moe_7b_a1b(),
-    vocab_size=304,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    head_dim=8,
-    moe=MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=8),
-    max_position_embeddings=128,
-    initializer_range=0.3,
-    dtype="float32",
-    mask_token_id=tokenizer.mask_id,
-    eos_token_id=tokenizer.eos_id,
-    pad_token_id=tokenizer.pad_id,
-  )
-  folder = tmp_path_factory.mktemp("chatty") / "model"
-  lladax.init(config, seed=3, tokenizer=tokenizer).save(folder)
-  return folder
+  return save_chatty(tmp_path_factory.mktemp("chatty") / "model")
 
 
 def command(model, *flags, **options):
@@ -151,3 +128,18 @@ def test_standard_input_is_a_prompt_and_stop_cuts_the_answer(chatty):
   assert row["prompt"] == "a man" and len(row["text"]) > 3
   cut = command(chatty, "--json", "--seed=7", f"--stop={row['text'][2:4]}", input="a man\n")
   assert json.loads(cut.stdout)["text"] == row["text"].partition(row["text"][2:4])[0]
+
+
+@pytest.mark.slow
+def test_messages_are_answered_on_a_mesh_as_on_one_device(chatty):
+  asked = [f"--chat={message}" for message in ("a plan", "a canal")]
+  done = command(chatty, "--json", "--mesh=expert=4", "--seed=7", *asked)
+  answers = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+  model = lladax.load(chatty, progress=False)
+  sampler = SamplerConfig(gen_length=8, steps=4, block_length=8, temperature=1.0)
+  assert answers == [
+    model.chat(message, sampler=sampler, seed=7 + row)
+    for row, message in enumerate(("a plan", "a canal"))
+  ]
+  both = command(chatty, "--json", *asked, "--prompt=a")
+  assert both.returncode and "give one of --prompt, --chat" in both.stderr + both.stdout

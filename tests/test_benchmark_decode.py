@@ -85,7 +85,6 @@ def command(*arguments):
   )
 
 
-@pytest.mark.quick
 @pytest.mark.slow
 def test_one_run_prints_a_table_and_writes_json(tmp_path):
   path = tmp_path / "decode.json"

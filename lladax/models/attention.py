@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kernels_pallas.attention import attention
-from lladax.models.cache import KeyValues, Place, insert
+from lladax.models.cache import Columns, KeyValues, Place, insert
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.layers import Projection, RMSNorm, rotate
 from lladax.sharding import joined, on_devices, spec
@@ -41,6 +42,19 @@ class AttentionMask:
   def valid(self) -> BoolPerToken | None:
     """bool[B, L], False on padding; None where there is none."""
     return None if self.segment_ids is None else self.segment_ids > 0
+
+  def asked_by(self, wanted: Columns) -> AttentionMask:
+    """The same where only these columns ask."""
+    mask = self
+    if self.block_length is not None:
+      first = wanted.start if self.first is None else self.first + wanted.start
+      mask = dataclasses.replace(mask, first=first)
+    if self.segment_ids is None:
+      return mask
+    keys = self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
+    return dataclasses.replace(
+      mask, segment_ids=wanted.take(self.segment_ids), key_segment_ids=keys
+    )
 
 
 def full() -> AttentionMask:
@@ -144,7 +158,8 @@ class Attention(nn.Module):
   """Multi-head attention with per-head QK-norm before rotary, as LLaDA-MoE has it.
 
   `rotary`: cos and sin of `rotary_tables`. With a `place` the keys and values of these columns are
-  returned too, and with `memory` those of the other columns are read from there.
+  returned too, and with `memory` those of the other columns are read from there. With `wanted` only
+  these columns ask, and the result is [B, W, D]; all of them are still looked at.
   """
 
   config: ModelConfig
@@ -157,6 +172,7 @@ class Attention(nn.Module):
     mask: AttentionMask,
     memory: KeyValues | None = None,
     place: Place | None = None,
+    wanted: Columns | None = None,
   ) -> tuple[jax.Array, KeyValues | None]:
     config = self.config
     N, K, H = config.num_attention_heads, config.kv_heads, config.head_size
@@ -165,20 +181,22 @@ class Attention(nn.Module):
       "param_dtype": dtype_of(config.param_dtype),
     }
 
-    def project(name, heads, axis):
+    def project(name, x, heads, axis):
       axes = ("embed", axis, "head_dim")
       return Projection((heads, H), axes, use_bias=config.attention_bias, name=name, **shared)(x)
 
-    query = project("query", N, "heads")  # [B, L, N, H]
-    key = project("key", K, "kv_heads")  # [B, L, K, H]
-    value = project("value", K, "kv_heads")
+    asking, turn = (x, rotary) if wanted is None else (wanted.take(x), map(wanted.take, rotary))
+    query = project("query", asking, N, "heads")  # [B, L, N, H]
+    key = project("key", x, K, "kv_heads")  # [B, L, K, H]
+    value = project("value", x, K, "kv_heads")
     if config.qk_norm:
       norm = functools.partial(RMSNorm, config.rms_norm_eps, ("batch", "length", "heads", None))
       query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
     own = read = KeyValues(rotate(key, *rotary), value)
     if memory is not None:
       read, own = insert(memory, own, place)
-    out = attend(rotate(query, *rotary), read.key, read.value, mask)
+    mask = mask if wanted is None else mask.asked_by(wanted)
+    out = attend(rotate(query, *turn), read.key, read.value, mask)
     axes = ("heads", "head_dim", "embed")
     out = Projection((x.shape[-1],), axes, inputs=2, name="out", **shared)(out)
     return out, None if place is None else own

@@ -48,6 +48,22 @@ class Place:
   end: jax.Array | None = None
 
 
+@struct.dataclass
+class Columns:
+  """Columns of [B, L, ...]: in each row r, `size` of them from start_r on.
+
+  Attributes:
+    start: int32[B].
+    size: W.
+  """
+
+  start: jax.Array
+  size: int = struct.field(pytree_node=False)
+
+  def take(self, x: jax.Array) -> jax.Array:
+    return take_columns(x, self.start, self.size)
+
+
 def take_columns(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
   """Columns [start_r, start_r + size) of each row r of [B, S, ...]; start is clipped to fit."""
 

@@ -29,7 +29,7 @@ from lladax.infer import (
 )
 from lladax.infer.caching import Cache
 from lladax.infer.earlier import earlier_texts, shown
-from lladax.models import Denoiser, init_params, tiny
+from lladax.models import Denoiser, for_inference, init_params, tiny
 
 MASK, EOS, PAD = 30, 31, 31
 CONFIG = dataclasses.replace(
@@ -75,35 +75,45 @@ def test_refreshed_in_every_step_is_no_cache(cache):
   np.testing.assert_allclose(cached.confidence, plain.confidence, atol=1e-5)
 
 
-@pytest.mark.parametrize("shift", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift):
-  config = dataclasses.replace(CONFIG, shift=shift)
-  network = Denoiser(config)
-  tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 30)
-  segments = jnp.ones((2, 24), jnp.int32).at[1, 20:].set(0)
-  positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
-  at, canvas = jnp.array([4, 11]), (tokens, positions, segments)
+@pytest.mark.parametrize(
+  "shift, apart, block_length",
+  [(True, True, None), *(
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in [(False, True, None), (True, False, None), (False, False, None), (True, True, 8)]
+  )],
+)  # fmt: skip
+def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift, apart, block_length):
+  """Of layers that are `apart` the last one computes no more columns than are asked for."""
+  config, params = dataclasses.replace(CONFIG, shift=shift), PARAMS
+  network = Denoiser(config, block_length)
+  tokens = jax.random.randint(jax.random.key(0), (3, 24), 0, 30)
+  segments = jnp.ones((3, 24), jnp.int32).at[1, 20:].set(0)
+  positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
+  at, canvas = jnp.array([4, 11, 0]), (tokens, positions, segments)
+  everywhere = network(PARAMS, *canvas)
+  if apart:
+    config, params = for_inference(config, PARAMS)
+    network = Denoiser(config, block_length)
   logits, memory = jax.jit(functools.partial(network.read, width=8, keep=True))(
-    PARAMS, *canvas, at=at
+    params, *canvas, at=at
   )
-  start = at - network.look_behind
+  start = jnp.maximum(at - network.look_behind, 0)
   window, kept = jax.jit(
-    functools.partial(network.read_window, width=8, size=8 + network.look_behind)
-  )(PARAMS, *canvas, at=at, memory=memory, start=start)
+    functools.partial(network.read_window, width=8, size=12 + network.look_behind)
+  )(params, *canvas, at=at, memory=memory, start=start)
   np.testing.assert_allclose(window, logits, atol=2e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), kept, memory)
-  everywhere = network(PARAMS, tokens, positions, segments)
-  for row in range(2):
+  for row in range(3):
     np.testing.assert_allclose(logits[row], everywhere[row, at[row] : at[row] + 8], atol=2e-5)
   # Changed columns change what is kept of them, and of no others; rows that are left out keep all.
   changed = (jnp.where(tokens == 5, 6, 5), positions, segments)
   _, kept = jax.jit(functools.partial(network.read_window, width=8, size=8))(
-    PARAMS, *changed, at=at, memory=memory, start=at, refresh=(at + 2, at + 5),
-    rows=jnp.array([True, False]),
+    params, *changed, at=at, memory=memory, start=at, refresh=(at + 2, at + 5),
+    rows=jnp.array([True, False, False]),
   )  # fmt: skip
   for old, new in zip(jax.tree.leaves(memory), jax.tree.leaves(kept), strict=True):
     differs = np.abs(np.asarray(old - new)).max((0, 3, 4)) > 0  # [B, S]
-    assert differs[0].nonzero()[0].tolist() == [6, 7, 8] and not differs[1].any()
+    assert differs[0].nonzero()[0].tolist() == [6, 7, 8] and not differs[1:].any()
 
 
 BY_BLOCKS = dataclasses.replace(BASE, gen_length=24, steps=24, align_blocks=True)
@@ -151,13 +161,12 @@ def test_a_block_with_nothing_to_write_is_read_once():
 
 
 def test_rows_of_an_engine_begin_while_others_are_at_later_blocks():
-  network = Denoiser(CONFIG, block_length=8)
+  ready, params = for_inference(CONFIG, PARAMS)
   config = dataclasses.replace(
     BY_BLOCKS, unmask=Threshold(0.3), temperature=0.7, cache=BlockCausal()
   )
-  engine = Engine(
-    network, PARAMS, config, slots=2, length=48, mask_id=MASK, eos_ids=EOS, pad_id=PAD
-  )
+  ids = {"mask_id": MASK, "eos_ids": EOS, "pad_id": PAD}
+  engine = Engine(Denoiser(ready, block_length=8), params, config, slots=2, length=48, **ids)
   waiting = [
     Request(ids=prompt, seed=9 + row, gen_length=length)
     for row, (prompt, length) in enumerate(zip(PROMPTS, [9, 24, 16], strict=True))
@@ -172,6 +181,7 @@ def test_rows_of_an_engine_begin_while_others_are_at_later_blocks():
       passes[update.ticket] = update.nfe
   assert number == 2
   plain = dataclasses.replace(config, cache=NoCache())
+  network = Denoiser(CONFIG, block_length=8)
   want = run(plain, network=network, seeds=9, gen_lengths=[9, 24, 16])
   assert rows == texts(want) and passes == want.nfe.tolist()
 

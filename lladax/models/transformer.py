@@ -287,7 +287,7 @@ class Transformer(nn.Module):
 
 def _may_leave_out(config: ModelConfig, x: jax.Array) -> bool:
   """Whether the last layer can compute some columns of x [B, L, D] only."""
-  return not config.stacked and spec(x.shape, "batch", "length")[1] is None
+  return not config.stacked and spec(x.shape, "batch", "length", None)[1] is None
 
 
 class _Head(nn.Module):

@@ -39,11 +39,11 @@ def attention(
       all rows, or int32[B]. May be traced, for a shard of a sequence whose keys were gathered.
     implementation: one of `IMPLEMENTATIONS`; None chooses by the platform that is lowered for.
       `row_blocks`: CPU, a few rows of the batch at a time. `chunked`: anywhere, a few queries at a
-      time. `splash`: TPU. `cudnn`: NVIDIA, where this process finds cuDNN. `reference`: all scores
-      at once. By default TPUs get `splash` from 128 queries and keys on and NVIDIA GPUs `cudnn`,
-      where they take these operands (`splash` takes no offset per row); CPUs `row_blocks` while the scores of a row of the batch stay
-      within 64 MiB; and everything else `chunked`. Of these only `row_blocks` and `reference` hold
-      all scores of a row at once.
+      time. `splash`: TPU, with one offset for all rows. `cudnn`: NVIDIA, where this process finds
+      cuDNN. `reference`: all scores at once. By default TPUs get `splash` from 128 queries and keys
+      on and NVIDIA GPUs `cudnn`, where they take these operands; CPUs `row_blocks` while the scores
+      of a row of the batch stay within 64 MiB; and everything else `chunked`. Of these only
+      `row_blocks` and `reference` hold all scores of a row at once.
 
   Returns:
     [B, L, N, H] in the dtype of `query`.

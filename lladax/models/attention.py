@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -44,16 +43,14 @@ class AttentionMask:
     return None if self.segment_ids is None else self.segment_ids > 0
 
   def asked_by(self, wanted: Columns) -> AttentionMask:
-    """The same where only these columns ask."""
-    mask = self
-    if self.block_length is not None:
-      first = wanted.start if self.first is None else self.first + wanted.start
-      mask = dataclasses.replace(mask, first=first)
-    if self.segment_ids is None:
-      return mask
-    keys = self.segment_ids if self.key_segment_ids is None else self.key_segment_ids
-    return dataclasses.replace(
-      mask, segment_ids=wanted.take(self.segment_ids), key_segment_ids=keys
+    """The same where only these columns of the pass ask."""
+    ids, keys = self.segment_ids, self.key_segment_ids
+    first = wanted.start if self.first is None else self.first + wanted.start
+    return AttentionMask(
+      segment_ids=None if ids is None else wanted.take(ids),
+      key_segment_ids=ids if keys is None else keys,
+      first=None if self.block_length is None else first,
+      block_length=self.block_length,
     )
 
 

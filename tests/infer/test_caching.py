@@ -125,6 +125,7 @@ EXACT = {
   "edited": {"unmask": Threshold(0.1), "edit": EditTokens(0.05, extra_steps=3)},
   "smoothed": {"smoothing": Smoothing()},
   "shifted": {},
+  "apart": {},
 }
 
 
@@ -133,7 +134,12 @@ def test_block_causal_cache_is_exact(name):
   network = Denoiser(dataclasses.replace(CONFIG, shift=name == "shifted"), block_length=8)
   config = dataclasses.replace(BY_BLOCKS, **EXACT[name])
   plain = run(config, network=network, seeds=4)
-  cached = run(dataclasses.replace(config, cache=BlockCausal()), network=network, seeds=4)
+  params = PARAMS
+  if name == "apart":
+    of_network, params = for_inference(CONFIG, PARAMS)
+    network = Denoiser(of_network, block_length=8)
+  cached = dataclasses.replace(config, cache=BlockCausal())
+  cached = run(cached, network=network, params=params, seeds=4)
   assert texts(cached) == texts(plain)
   np.testing.assert_allclose(cached.confidence, plain.confidence, atol=1e-5)
   np.testing.assert_array_equal(cached.nfe, plain.nfe)

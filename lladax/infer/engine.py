@@ -12,7 +12,7 @@ import numpy as np
 from lladax.infer.canvas import Canvas, masked_canvas, prompt_canvas
 from lladax.infer.config import SamplerConfig
 from lladax.infer.earlier import Earlier, earlier_tokens
-from lladax.infer.generate import as_ids, check_network, empty_memory, row_keys
+from lladax.infer.generate import as_ids, check_network, empty, row_keys
 from lladax.infer.iteration import Ids
 from lladax.infer.network import DenoiseFn, Network, as_network
 from lladax.infer.sampler import decode_block, window_rest
@@ -97,11 +97,11 @@ class Engine:
     self._network, self._params, self._config = as_network(network), params, config
     check_network(self._network, config)
     self._ids, self._pad_id, self._length = Ids(mask=mask_id, eos=as_ids(eos_ids)), pad_id, length
-    memory = empty_memory(self._network, (slots, length), config)
+    kept = empty(self._network, (slots, length), config)
     zeros = np.zeros((slots, length), np.int32)
     nowhere = np.zeros(slots, np.int32)
-    empty = Canvas(zeros + pad_id, zeros, nowhere, nowhere, nowhere)
-    self._state = start_state(empty, row_keys(0, slots), mask_id=mask_id, memory=memory)
+    canvas = Canvas(zeros + pad_id, zeros, nowhere, nowhere, nowhere)
+    self._state = start_state(canvas, row_keys(0, slots), mask_id=mask_id, **kept)
     self._tickets: list[int | None] = [None] * slots
     self._column = np.zeros(slots, np.int64)
     self._end = np.zeros(slots, np.int64)
@@ -133,8 +133,10 @@ class Engine:
       raise ValueError(f"all {len(self._tickets)} slots are taken; wait for one to be done")
     slot, ticket = self._tickets.index(None), self._next
     row = start_state(canvas, row_keys([request.seed], 1), mask_id=self._ids.mask)
-    memory, rest = self._state.memory, self._state.replace(memory=None)
-    self._state = _put_row(rest, row, slot).replace(memory=memory)
+    # A row's first pass renews what is kept of it.
+    kept = {"memory": self._state.memory, "soft": self._state.soft}
+    rest = self._state.replace(memory=None, soft=None)
+    self._state = _put_row(rest, row, slot).replace(**kept)
     self._tickets[slot], self._next = ticket, ticket + 1
     for of_slots, value in (
       (self._column, canvas.column), (self._end, canvas.end), (self._first, canvas.first),
@@ -152,7 +154,7 @@ class Engine:
     self._state = decode_block(
       self._network, self._params, self._state, config=self._config, ids=self._ids, rest=rest
     )
-    seen = jax.device_get(self._state.replace(memory=None, keys=None))
+    seen = jax.device_get(self._state.replace(memory=None, soft=None, keys=None))
     self._state = self._state.replace(history=None)
     self._column, self._end = seen.column.astype(np.int64), seen.end.astype(np.int64)
     begun, self._iterations = self._iterations, seen.iterations.astype(np.int64)

@@ -247,8 +247,8 @@ def run(
   check_network(network, config)
   ids = Ids(mask=mask_id, eos=as_ids(eos_id))
   keys = row_keys(seeds, canvas.tokens.shape[0])
-  memory = empty_memory(network, canvas.tokens.shape, config)
-  state = start_state(canvas, keys, mask_id=mask_id, memory=memory)
+  kept = empty(network, canvas.tokens.shape, config)
+  state = start_state(canvas, keys, mask_id=mask_id, **kept)
   trail: list[Trail] = []
   ends = np.asarray(canvas.end)
   columns = int(np.max(ends - canvas.column))
@@ -264,15 +264,18 @@ def run(
       state = stop_rows(state, stop, ids)
     if (config.early_stop or stop is not None) and bool(jnp.all(state.column >= state.end)):
       break
-  last = jax.device_get(state.replace(memory=None, keys=None, history=None))
+  last = jax.device_get(state.replace(memory=None, soft=None, keys=None, history=None))
   return dataclasses.replace(collect(last, config, mask_id), trail=tuple(trail))
 
 
-def empty_memory(network: Network, shape: tuple[int, int], config: SamplerConfig) -> Any:
-  """Room for the keys and values of a canvas [B, S]; None without a cache."""
-  if not config.cache.keeps:
-    return None
-  return network.empty_memory(shape[0] * (2 if config.cfg_scale else 1), shape[1])
+def empty(network: Network, shape: tuple[int, int], config: SamplerConfig) -> dict[str, Any]:
+  """`State.memory` and `State.soft` of a canvas [B, S] before the first pass."""
+  rows, length = shape
+  times = 2 if config.cfg_scale else 1
+  return {
+    "memory": network.empty_memory(times * rows, length) if config.cache.keeps else None,
+    "soft": network.empty_soft(rows, length) if config.smoothing else None,
+  }
 
 
 def stop_rows(state: State, stop: Stop, ids: Ids) -> State:

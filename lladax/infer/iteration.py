@@ -41,7 +41,6 @@ class Block:
     changed: bool[B], whether the last iteration changed tokens that were written before it.
     extra: int32[B], iterations since no mask was left.
     credit: what `Credit` keeps; None without.
-    soft: [B, W, D], what smoothing adds to the embeddings of masks; None without.
   """
 
   state: State
@@ -50,7 +49,6 @@ class Block:
   changed: jax.Array
   extra: jax.Array
   credit: Any
-  soft: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +85,14 @@ class Step:
       history = History(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
       state = state.replace(history=history)
     at_start = jnp.sum(self.masked(state), axis=1, dtype=jnp.int32)
-    credit = soft = None
-    if config.credit is not None or config.smoothing is not None:
-      logits, soft = jax.eval_shape(self._shapes, state)
+    credit = None
     if config.credit is not None:
-      credit = config.credit.init(rows, self.width, logits.shape[-1])
-    if config.smoothing is not None:
-      soft = jnp.zeros(soft.shape, soft.dtype)
+      canvas = state.tokens, state.positions, state.segment_ids
+      words = self.network.vocab_size(self.params, *canvas)
+      credit = config.credit.init(rows, self.width, words)
+    if config.smoothing is not None:  # of a row that begins, nothing has been predicted
+      new = (state.iterations == 0)[:, None, None]
+      state = state.replace(soft=jnp.where(new, 0, state.soft))
     return Block(
       state=state,
       iteration=jnp.int32(0),
@@ -101,17 +100,7 @@ class Step:
       changed=at_start > 0,
       extra=jnp.zeros(rows, jnp.int32),
       credit=credit,
-      soft=soft if config.smoothing is not None else None,
     )
-
-  def _shapes(self, state: State):
-    logits, _ = self.network.read(
-      self.params, state.tokens, state.positions, state.segment_ids, at=state.column,
-      width=self.width,
-    )  # fmt: skip
-    if self.config.smoothing is None:
-      return logits, None
-    return logits, self.network.embed_softly(self.params, logits)
 
   def masked(self, state: State) -> jax.Array:
     """bool[B, W], what is still to be written in the block of each row."""
@@ -141,7 +130,7 @@ class Step:
     keys = fold_in(fold_in(state.keys, state.block), jnp.full_like(state.block, block.iteration))
     draw_keys, unmask_keys = split(keys)
     reading = self.reading(block)
-    logits, memory = self.read(block, reading)
+    logits, memory, soft = self.read(block, reading)
     credit = block.credit
     if config.credit is not None:
       logits, credit = config.credit(credit, logits, masked)
@@ -163,7 +152,7 @@ class Step:
     if config.edit is not None:
       commit, replace, remask = self._edit(state, logits, drawn, confidence, masked, commit, active)
     passes = 2 if config.cfg_scale else 1
-    state = state.replace(memory=memory, nfe=state.nfe + reading * passes)
+    state = state.replace(memory=memory, soft=soft, nfe=state.nfe + reading * passes)
     state = self._write(state, drawn, confidence, commit | replace, remask, active)
     if state.history is not None:
       now = (take_columns(x, state.column, self.width) for x in (state.tokens, state.confidence))
@@ -172,16 +161,15 @@ class Step:
         state.history, History(*now),
       )  # fmt: skip
       state = state.replace(history=history)
-    soft = block.soft
-    if config.smoothing is not None:
-      soft = self._soften(logits, state)
+    if soft is not None:
+      still = (state.tokens == self.ids.mask)[..., None]
+      state = state.replace(soft=jnp.where(still, soft, 0))
     return block.replace(
       state=state,
       iteration=block.iteration + 1,
       changed=jnp.any(replace | remask, axis=1) | (left > 0),
       extra=block.extra + (active & (left == 0)),
       credit=credit,
-      soft=soft,
     )
 
   def _allowed(self, logits: jax.Array, state: State) -> jax.Array:
@@ -225,52 +213,46 @@ class Step:
       iterations=state.iterations + active,
     )
 
-  def _soften(self, logits: jax.Array, state: State) -> jax.Array:
-    smoothing = self.config.smoothing
-    mean = self.network.embed_softly(self.params, smoothing.probabilities(logits))
-    weight = smoothing.at(state.iterations - 1)[:, None, None]
-    masked = self.masked(state)[..., None]
-    return jnp.where(masked, weight * mean, 0).astype(mean.dtype)
-
   # --- Reading the network ---
 
-  def read(self, block: Block, rows: jax.Array) -> tuple[jax.Array, Any]:
-    """Guided logits float32[B, W, V] of each row's block, and the memory afterwards.
+  def read(self, block: Block, rows: jax.Array) -> tuple[jax.Array, Any, Any]:
+    """Guided logits float32[B, W, V] of each row's block, and memory and `State.soft` afterwards.
 
     Args:
       rows: bool[B], those that are read. Of the others the logits mean nothing; their memory may be
         refreshed, but stays what it is for a cache that is not `uniform`.
     """
-    state, soft, cache = block.state, block.soft, self.config.cache
+    state, cache = block.state, self.config.cache
     if not cache.keeps:
-      return self._guide(self._whole(state, soft, keep=False)[0]), None
+      logits, _, soft = self._whole(state, rows, keep=False)
+      return self._guide(logits), None, soft
     whole = cache.whole(block.iteration, state.iterations)
     if cache.uniform and not cache.settles:
-      logits, memory = jax.lax.cond(
+      logits, memory, soft = jax.lax.cond(
         jnp.any(whole),
-        lambda: self._whole(state, soft, keep=True),
-        lambda: self._window(state, soft, rows),
+        lambda: self._whole(state, rows, keep=True),
+        lambda: self._window(state, rows),
       )
     else:
-      logits, memory = self._by_row(block, whole & rows, ~whole & rows)
-    return self._guide(logits), memory
+      logits, memory, soft = self._by_row(block, whole & rows, ~whole & rows)
+    return self._guide(logits), memory, soft
 
   def _by_row(self, block: Block, whole: jax.Array, window: jax.Array):
     """Some rows read all, others their window. What one row needs changes nothing in the others."""
-    state, soft, settles = block.state, block.soft, self.config.cache.settles
+    state, settles = block.state, self.config.cache.settles
 
     def all_of_it():
-      logits, memory = self._whole(state, soft, keep=True)
-      return logits, select_rows(self.twice(whole), memory, state.memory)
+      logits, memory, soft = self._whole(state, whole, keep=True)
+      return logits, select_rows(self.twice(whole), memory, state.memory), soft
 
     def some_of_it(settle=False):
-      return self._window(state, soft, window, settle=settle)
+      return self._window(state, window, settle=settle)
 
     def mixed():
-      logits, memory = self._whole(state, soft, keep=True)
-      some, kept = some_of_it(settles)
+      logits, memory, soft = self._whole(state, whole, keep=True)
+      some, kept, soft = self._window(state.replace(soft=soft), window, settle=settles)
       rows = self.twice(whole)
-      return jnp.where(rows[:, None, None], logits, some), select_rows(rows, memory, kept)
+      return jnp.where(rows[:, None, None], logits, some), select_rows(rows, memory, kept), soft
 
     # Blocks are settled in the first iteration; so they are, for nothing, where some row reads the
     # whole in a later one, which `BlockCausal` never does.
@@ -281,13 +263,15 @@ class Step:
       way = jnp.where((way == 0) & (block.iteration == 0), 3, way)
     return jax.lax.switch(way, ways)
 
-  def _whole(self, state: State, soft, *, keep: bool):
-    return self.network.read(
-      self.params, *self._inputs(state), at=self.twice(state.column), width=self.width,
-      soft=self._on_canvas(state, soft), keep=keep,
-    )  # fmt: skip
+  def _whole(self, state: State, rows: jax.Array, *, keep: bool):
+    none = jnp.zeros_like(state.column)
+    at, width = (none, state.tokens.shape[1]) if self.wide else (state.column, self.width)
+    logits, memory = self.network.read(
+      self.params, *self._inputs(state), at=self.twice(at), width=width, soft=state.soft, keep=keep
+    )
+    return self._predicted(state, rows, logits, memory, at, at, at + width)
 
-  def _window(self, state: State, soft, rows: jax.Array, *, settle: bool = False):
+  def _window(self, state: State, rows: jax.Array, *, settle: bool = False):
     """`settle`: with the block before each row's."""
     length = state.tokens.shape[1]
     before, size = self.config.cache.window(self.width, self.rest)
@@ -297,12 +281,36 @@ class Step:
     before, size = before + behind, min(size + behind, length)
     first = state.column - before
     start = jnp.clip(first, 0, length - size)
-    return self.network.read_window(
-      self.params, *self._inputs(state), at=self.twice(state.column), width=self.width,
-      memory=state.memory, start=self.twice(start), size=size,
-      refresh=(self.twice(first), self.twice(first + size)), rows=self.twice(rows),
-      soft=self._on_canvas(state, soft),
+    at, width, low, high = state.column, self.width, state.column, state.column + self.width
+    if self.wide:  # the logits of the first columns may be those of columns before the window
+      at, width, low, high = start, size, first + self.network.look_behind, first + size
+    logits, memory = self.network.read_window(
+      self.params, *self._inputs(state), at=self.twice(at), width=width, memory=state.memory,
+      start=self.twice(start), size=size, refresh=(self.twice(first), self.twice(first + size)),
+      rows=self.twice(rows), soft=state.soft,
     )  # fmt: skip
+    return self._predicted(state, rows, logits, memory, at, low, high)
+
+  @property
+  def wide(self) -> bool:
+    """Whether smoothing needs the logits of all columns of a pass. Under block-causal attention those
+    after the block are nobody's to see."""
+    causal = getattr(self.network, "block_length", None) is not None
+    return self.config.smoothing is not None and not causal
+
+  def _predicted(self, state: State, rows: jax.Array, logits, memory, at, low, high):
+    """The block's logits among those of columns from `at_r` on; and with smoothing what they add to
+    embeddings of these rows, in columns [low_r, high_r)."""
+    smoothing = self.config.smoothing
+    if smoothing is None:
+      return logits, memory, None
+    columns = at[:, None] + jnp.arange(logits.shape[1])
+    here = (columns >= low[:, None]) & (columns < high[:, None]) & rows[:, None]
+    mean = self.network.embed_softly(self.params, smoothing.probabilities(logits))
+    mean = smoothing.at(state.iterations)[:, None, None] * mean
+    soft = jnp.where(here[..., None], mean, take_columns(state.soft, at, logits.shape[1]))
+    block = take_columns(logits, state.column - at, self.width)
+    return block, memory, put_columns(state.soft, soft, at)
 
   def twice(self, x: jax.Array) -> jax.Array:
     """Rows once more for guidance, where there is any."""
@@ -314,13 +322,6 @@ class Step:
     if self.config.cfg_scale:
       tokens = jnp.concatenate([tokens, jnp.where(state.given, self.ids.mask, tokens)])
     return tokens, self.twice(state.positions), self.twice(state.segment_ids)
-
-  def _on_canvas(self, state: State, soft):
-    """What smoothing adds, [B, W, D] or None, as [B, S, D]."""
-    if soft is None:
-      return None
-    shape = (*state.tokens.shape, soft.shape[-1])
-    return put_columns(jnp.zeros(shape, soft.dtype), soft, state.column)
 
   def _guide(self, logits: jax.Array) -> jax.Array:
     """un + (cfg_scale + 1) (cond - un): unsupervised guidance (SMDM, arXiv 2410.18514)."""

@@ -38,8 +38,14 @@ class Network(Protocol):
   def empty_memory(self, rows: int, length: int) -> Memory:
     """What is kept of a canvas [B, S] before its first pass."""
 
+  def vocab_size(self, params, tokens, positions, segment_ids) -> int:
+    """V, of the logits."""
+
   def embed_softly(self, params, probabilities) -> jax.Array:
     """[B, W, V] -> [B, W, D]: the mean embedding under distributions over tokens."""
+
+  def empty_soft(self, rows: int, length: int) -> jax.Array:
+    """[B, S, D], nothing to be added to the embeddings of a canvas."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +62,9 @@ class Whole:
         "embeddings; use cache=NoCache() and smoothing=None, or a lladax.models.Denoiser"
       )
     return take_columns(self.denoise(params, tokens, positions, segment_ids), at, width), None
+
+  def vocab_size(self, params, tokens, positions, segment_ids) -> int:
+    return jax.eval_shape(self.denoise, params, tokens, positions, segment_ids).shape[-1]
 
 
 def as_network(denoise: DenoiseFn | Network) -> Network:

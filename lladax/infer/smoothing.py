@@ -12,9 +12,13 @@ import jax.numpy as jnp
 class Smoothing:
   """Embedding of a position still masked at iteration n + 1: E[MASK] + w_n softmax(z_n / tau) E.
 
-  w_n = min(start + step * n, weight), n counting the iterations of the row over all its blocks.
-  dInfer does so wherever it has computed logits, which are those of the whole canvas when it is read
-  as a whole; here they are computed for the block alone, and only the block is smoothed.
+  w_n = min(start + step * n, weight), n counting the iterations of the row over all its blocks. So it
+  is wherever iteration n computed logits: on the whole canvas where that is read, else in the window
+  of the cache. A mask outside keeps what was predicted there last, as in dInfer's code. A network
+  with block-causal attention, of which dInfer smooths none, is smoothed in its block alone.
+
+  The logits of all columns that are read are computed for it, and softmax(z) E costs 2 V D operations
+  for each of them, as much as the logits.
 
   Attributes:
     weight: the largest weight (dInfer's `cont_weight`).
@@ -42,5 +46,5 @@ class Smoothing:
     return jnp.minimum(self.start + self.step * iteration, self.weight).astype(jnp.float32)
 
   def probabilities(self, logits: jax.Array) -> jax.Array:
-    """softmax(z / tau) of float32[B, W, V]."""
-    return jax.nn.softmax(logits / self.temperature, axis=-1)
+    """softmax(z / tau) of [B, W, V], the network's own logits, float32."""
+    return jax.nn.softmax(logits.astype(jnp.float32) / self.temperature, axis=-1)

@@ -48,6 +48,7 @@ class State:
     nfe: int32[B], passes of the network that the row needed.
     memory: keys and values, of twice the rows with guidance; None before the first pass that keeps
       them, and without a cache.
+    soft: [B, S, D], what smoothing adds to the embeddings of masks; None without.
     history: of the last block; None where tokens are written once, and `revealed_at` says all.
   """
 
@@ -64,6 +65,7 @@ class State:
   iterations: jax.Array
   nfe: jax.Array
   memory: Any
+  soft: jax.Array | None = None
   history: History | None = None
 
   @property
@@ -71,7 +73,9 @@ class State:
     return jnp.broadcast_to(jnp.arange(self.tokens.shape[1]), self.tokens.shape)
 
 
-def start_state(canvas: Canvas, keys: jax.Array, *, mask_id: int, memory: Any = None) -> State:
+def start_state(
+  canvas: Canvas, keys: jax.Array, *, mask_id: int, memory: Any = None, soft: Any = None
+) -> State:
   """Rows before their first block."""
   tokens = np.asarray(canvas.tokens)
   shape, rows = tokens.shape, tokens.shape[0]
@@ -90,5 +94,6 @@ def start_state(canvas: Canvas, keys: jax.Array, *, mask_id: int, memory: Any = 
     iterations=zeros,
     nfe=zeros,
     memory=memory,
+    soft=soft,
   )
   return jax.tree.map(lambda x: jnp.array(x), state)

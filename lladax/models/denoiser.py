@@ -133,12 +133,26 @@ class Denoiser:
     """
     return _empty_memory(self.config, rows, length)
 
+  def vocab_size(self, params, tokens, positions, segment_ids) -> int:
+    """V, of the logits."""
+    return self.config.vocab_size
+
+  def empty_soft(self, rows: int, length: int) -> jax.Array:
+    """Zeros [B, S, D], nothing to be added to embeddings; on a mesh by rows."""
+    return _empty_soft(self.config, rows, length)
+
   def embed_softly(self, params, probabilities: jax.Array) -> jax.Array:
     """float32[B, W, V] -> [B, W, D]: the mean embedding under distributions over tokens."""
     return Transformer(self.config).apply({"params": params}, probabilities, method="embed_softly")
 
   def _read(self, params, tokens, **more):
     return Transformer(self.config).apply({"params": params}, tokens, **more, method="read")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_soft(config: ModelConfig, rows: int, length: int) -> jax.Array:
+  zeros = jnp.zeros((rows, length, config.hidden_size), config.dtype)
+  return constrain(zeros, "batch", None, None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

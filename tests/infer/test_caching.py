@@ -76,14 +76,16 @@ def test_refreshed_in_every_step_is_no_cache(cache):
 
 
 @pytest.mark.parametrize(
-  "shift, apart",
-  [(True, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in
-                   [(False, True), (True, False), (False, False)])],
+  "shift, apart, block_length",
+  [(True, True, None), *(
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in [(False, True, None), (True, False, None), (False, False, None), (True, True, 8)]
+  )],
 )  # fmt: skip
-def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift, apart):
+def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift, apart, block_length):
   """Of layers that are `apart` the last one computes no more columns than are asked for."""
   config, params = dataclasses.replace(CONFIG, shift=shift), PARAMS
-  network = Denoiser(config)
+  network = Denoiser(config, block_length)
   tokens = jax.random.randint(jax.random.key(0), (3, 24), 0, 30)
   segments = jnp.ones((3, 24), jnp.int32).at[1, 20:].set(0)
   positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
@@ -91,7 +93,7 @@ def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift, apa
   everywhere = network(PARAMS, *canvas)
   if apart:
     config, params = for_inference(config, PARAMS)
-    network = Denoiser(config)
+    network = Denoiser(config, block_length)
   logits, memory = jax.jit(functools.partial(network.read, width=8, keep=True))(
     params, *canvas, at=at
   )
@@ -166,13 +168,12 @@ def test_a_block_with_nothing_to_write_is_read_once():
 
 
 def test_rows_of_an_engine_begin_while_others_are_at_later_blocks():
-  network = Denoiser(CONFIG, block_length=8)
+  ready, params = for_inference(CONFIG, PARAMS)
   config = dataclasses.replace(
     BY_BLOCKS, unmask=Threshold(0.3), temperature=0.7, cache=BlockCausal()
   )
-  engine = Engine(
-    network, PARAMS, config, slots=2, length=48, mask_id=MASK, eos_ids=EOS, pad_id=PAD
-  )
+  ids = {"mask_id": MASK, "eos_ids": EOS, "pad_id": PAD}
+  engine = Engine(Denoiser(ready, block_length=8), params, config, slots=2, length=48, **ids)
   waiting = [
     Request(ids=prompt, seed=9 + row, gen_length=length)
     for row, (prompt, length) in enumerate(zip(PROMPTS, [9, 24, 16], strict=True))
@@ -187,6 +188,7 @@ def test_rows_of_an_engine_begin_while_others_are_at_later_blocks():
       passes[update.ticket] = update.nfe
   assert number == 2
   plain = dataclasses.replace(config, cache=NoCache())
+  network = Denoiser(CONFIG, block_length=8)
   want = run(plain, network=network, seeds=9, gen_lengths=[9, 24, 16])
   assert rows == texts(want) and passes == want.nfe.tolist()
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 from test_caching import BASE, CONFIG, run
 
-from lladax.infer import BlockCausal, DualCache, SamplerConfig, Threshold, Vicinity
+from lladax.infer import BlockCausal, DualCache, SamplerConfig, Smoothing, Threshold, Vicinity
 from lladax.models import Denoiser, for_inference, init_variables
 from lladax.moe import MoEConfig
 from lladax.sharding import MeshConfig, make_mesh, param_shardings, use_mesh
@@ -40,8 +40,9 @@ CACHES = (DualCache(), Vicinity(before=3, after=2, warmup=1), BlockCausal())
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("cache", CACHES, ids=lambda cache: type(cache).__name__)
 def test_tokens_are_those_of_one_device(mesh, cache):
-  ready, causal = cache == CACHES[0], cache == CACHES[2]
-  config = dataclasses.replace(SAMPLER, cache=cache, align_blocks=causal)
+  ready, causal = cache != CACHES[1], cache == CACHES[2]
+  smoothing = None if ready else Smoothing()
+  config = dataclasses.replace(SAMPLER, cache=cache, align_blocks=causal, smoothing=smoothing)
   denoiser = functools.partial(Denoiser, block_length=config.block_length if causal else None)
   params, want = on_one_device(config, denoiser(MODEL))
   with use_mesh(make_mesh(mesh)) as in_use:

@@ -172,8 +172,8 @@ def test_guidance_mixes_with_a_pass_that_does_not_see_what_was_given():
     config = SamplerConfig(gen_length=4, steps=4, block_length=4, cfg_scale=scale)
     step = Step(as_network(toy_denoise), PARAMS, config, Ids(mask=MASK, eos=(EOS,)), 0)
     block = step.begin(start_state(canvas, row_keys(0, 1), mask_id=MASK))
-    logits, memory = step.read(block, step.active(block))
-    assert memory is None
+    logits, memory, soft = step.read(block, step.active(block))
+    assert memory is None and soft is None
     np.testing.assert_allclose(logits[0, :, :MASK], expected[3:, :MASK], rtol=1e-5, atol=1e-5)
 
 

@@ -38,7 +38,7 @@ def read_prompts(path: str) -> list[Prompt]:
     ValueError: naming the line, for one that is no prompt; without any.
     OSError: for a file that cannot be read.
   """
-  content = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text(encoding="utf-8")
+  content = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text(encoding="utf-8-sig")
   is_json = path.endswith(".jsonl") or (path == "-" and content.lstrip().startswith("{"))
   # Not splitlines: JSON and prose may hold other separators of Unicode's within a line.
   lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]

@@ -1,6 +1,5 @@
 """The command on files of prompts: read, answered, gone on with."""
 
-import dataclasses
 import io
 import json
 import subprocess
@@ -9,10 +8,7 @@ import sys
 import pytest
 
 import lladax
-from lladax.data import train_bpe
 from lladax.infer import SamplerConfig
-from lladax.models import llada_moe_7b_a1b
-from lladax.moe import MoEConfig
 from lladax.prompts import Answers, Prompt, read_prompts
 
 
@@ -78,31 +74,6 @@ def test_answers_are_gone_on_with(tmp_path):
   path.write_text("something else\n")
   with pytest.raises(ValueError, match="name another --output"):
     Answers(str(path), prompts, settings="x")
-
-
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory):
-  """A folder of a small LLaDA-MoE with random weights and a tokenizer that has turns."""
-  tokenizer = train_bpe(["a man, a plan, a canal: panama " * 40], 280)
-  tokenizer.engine.add_special_tokens(["<role>", "</role>", "<|role_end|>"])
-  config = dataclasses.replace(
-    llada_moe_7b_a1b(),
-    vocab_size=304,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    head_dim=8,
-    moe=MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=8),
-    max_position_embeddings=128,
-    initializer_range=0.3,
-    dtype="float32",
-    mask_token_id=tokenizer.mask_id,
-    eos_token_id=tokenizer.eos_id,
-    pad_token_id=tokenizer.pad_id,
-  )
-  folder = tmp_path_factory.mktemp("chatty") / "model"
-  lladax.init(config, seed=3, tokenizer=tokenizer).save(folder)
-  return folder
 
 
 def command(model, *flags, **options):

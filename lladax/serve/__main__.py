@@ -10,6 +10,7 @@ the answers that it has begun are done; its exit status is then 0.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -117,17 +118,18 @@ def main(_):
   print(f"{name}: compiling", file=sys.stderr, flush=True)
   port = listening.getsockname()[1]
   host = f"[{FLAGS.host}]" if ":" in FLAGS.host else FLAGS.host
-  application.state.ready = lambda: print(
-    f"{name}: http://{host}:{port}/ (for clients: /v1)", file=sys.stderr, flush=True
-  )
+
+  def ready():
+    # An error here, and not in uvicorn, which may wait for ever: of two servers that were started at
+    # the same time the other one listens by now.
+    listening.listen()
+    print(f"{name}: http://{host}:{port}/ (for clients: /v1)", file=sys.stderr, flush=True)
+
+  application.state.ready = ready
   # uvicorn passes a signal on once it has shut down; by then all is done that it asks for.
   signal.signal(signal.SIGTERM, lambda *_: None)
-  try:
+  with contextlib.suppress(KeyboardInterrupt):
     server.run(sockets=[listening])
-  except KeyboardInterrupt:
-    pass
-  except OSError as error:  # two servers began at the same time, and the other one listens by now
-    sys.exit(f"error: cannot listen at {host}:{port}: {error.strerror}")
 
 
 if __name__ == "__main__":

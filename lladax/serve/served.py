@@ -9,6 +9,7 @@ import time
 
 from lladax.config import ConfigError, override
 from lladax.infer import BlockCausal, SamplerConfig, engine
+from lladax.infer.generate import check_network
 from lladax.model import Model
 from lladax.serve.answers import Answer
 from lladax.serve.protocol import Ask, Limits, RequestError
@@ -35,7 +36,7 @@ class Served:
   created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
   def check(self):
-    """Raises ValueError for a model that cannot be served, or a length that it cannot have."""
+    """Raises ValueError for a model that cannot be served so, or a length that it cannot have."""
     model, block = self.model, self.model.sampler.block_length
     if model.tokenizer is None:
       raise ValueError("this model has no tokenizer: there is no text to serve")
@@ -47,6 +48,7 @@ class Served:
         f"length lies between one block of {block} tokens and the model's context of {context}; "
         f"got {self.length}"
       )
+    check_network(model.denoiser(model.sampler), model.sampler)
 
   @property
   def eos_ids(self) -> tuple[int, ...]:

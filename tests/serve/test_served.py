@@ -30,6 +30,13 @@ def test_the_room_is_what_the_engine_takes(text_model, align):
         engine.check(Request(ids=[1] * given + [mask] * (gap + 1), infill=True))
 
 
+def test_a_sampler_that_cannot_be_is_an_error_before_anything_is_compiled(text_model):
+  sampler = dataclasses.replace(text_model.sampler, cache=BlockCausal())
+  model = dataclasses.replace(text_model, sampler=sampler)
+  with pytest.raises(ValueError, match="align_blocks=True, which is False"):
+    Served(model=model, name="tiny", length=96).check()
+
+
 def test_a_model_that_does_not_see_what_follows_fills_no_gap(text_model):
   served = Served(model=text_model, name="tiny", length=96)
   causal = dataclasses.replace(text_model.sampler, cache=BlockCausal(), align_blocks=True)

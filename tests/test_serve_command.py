@@ -9,7 +9,7 @@ import sys
 import httpx
 import pytest
 
-from lladax.serve.__main__ import bind
+from lladax.serve.address import bind
 
 
 def test_an_address_that_is_taken_is_named():

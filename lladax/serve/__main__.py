@@ -15,7 +15,6 @@ import dataclasses
 import os
 import pathlib
 import signal
-import socket
 import sys
 
 from absl import app, flags, logging
@@ -53,27 +52,13 @@ flags.DEFINE_float(
 flags.DEFINE_bool("warm_up", True, "Compile before the first request comes.")
 
 
-def bind(host: str, port: int) -> socket.socket:
-  """A socket with this address; it does not listen yet.
-
-  Raises:
-    OSError: naming the address, for one that cannot be had.
-  """
-  bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-  bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-  try:
-    bound.bind((host, port))
-  except OSError as error:
-    raise OSError(f"cannot listen at {host}:{port}: {error.strerror}") from None
-  return bound
-
-
 def main(_):
   logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of every file it reads
   try:
     import uvicorn
 
     from lladax.serve import Limits, Metrics, Scheduler, Served, make_app
+    from lladax.serve.address import bind
   except ImportError as error:
     sys.exit(f"error: {error}; the server needs more packages: pip install 'lladax[serve]'")
   try:

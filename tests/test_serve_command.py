@@ -43,6 +43,15 @@ def test_a_server_that_is_told_to_end_ends_its_answers_and_well(chatty, ending):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_help_names_the_flags_that_every_command_has(command):
+  line = [sys.executable, "-m", f"lladax.{command}", "--help"]
+  shown = subprocess.run(line, capture_output=True, text=True).stdout
+  for flag in ("--model", "--dtype", "--weights", "--mesh", "--sampler", "--set", "gen_length"):
+    assert flag in shown
+
+
+@pytest.mark.slow
 def test_what_cannot_be_served_is_one_line(chatty):
   line = [sys.executable, "-m", "lladax.serve", f"--model={chatty}", "--port=0"]
   done = subprocess.run([*line, "--length=8"], capture_output=True, text=True)

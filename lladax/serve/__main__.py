@@ -17,10 +17,13 @@ import pathlib
 import signal
 import sys
 
+import uvicorn
 from absl import app, flags, logging
 
 from lladax.config import ConfigError
 from lladax.model_flags import define_flags, open_model
+from lladax.serve import Limits, Metrics, Scheduler, Served, make_app
+from lladax.serve.address import bind
 
 FLAGS = flags.FLAGS
 
@@ -54,13 +57,6 @@ flags.DEFINE_bool("warm_up", True, "Compile before the first request comes.")
 
 def main(_):
   logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of every file it reads
-  try:
-    import uvicorn
-
-    from lladax.serve import Limits, Metrics, Scheduler, Served, make_app
-    from lladax.serve.address import bind
-  except ImportError as error:
-    sys.exit(f"error: {error}; the server needs more packages: pip install 'lladax[serve]'")
   try:
     listening = bind(FLAGS.host, FLAGS.port)
     model = open_model()

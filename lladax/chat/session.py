@@ -69,6 +69,7 @@ class Session:
     """
     if not line.strip():
       return
+    line.encode()  # a ValueError for bytes that are no text, which a terminal may hand on
     if line.startswith("/"):
       self.command(*line[1:].split(maxsplit=1))
     else:

@@ -28,6 +28,11 @@ def shade(confidence: float) -> tuple[int, int, int]:
   return round(235 - 140 * max(2 * share - 1, 0)), round(85 + 120 * min(2 * share, 1)), 90
 
 
+# What a model writes may move the cursor or worse; shown are the pictures of control characters.
+PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+PICTURES |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+
+
 def crystallising(
   texts: Sequence[str], revealed_at: Sequence[int], confidence: Sequence[float], number: int
 ) -> Text:
@@ -41,6 +46,7 @@ def crystallising(
   """
   styled = []
   for piece, at, sure in zip(texts, revealed_at, confidence, strict=True):
+    piece = piece.translate(PICTURES)
     if at >= number:
       styled.append((MASK_GLYPH, STYLES["masked"]))
     elif at < 0:
@@ -124,7 +130,7 @@ def styled_frames(result: GenerateResult, decode: Decode, *, row: int = 0) -> It
     states = np.where(ids == result.mask_id, "masked", states)
     text = Text()
     for piece, state in pieces(ids.tolist(), states.tolist(), decode):
-      text.append(piece, STYLES[state])
+      text.append(piece.translate(PICTURES), STYLES[state])
     yield text
 
 

@@ -12,7 +12,7 @@ from lladax.chat import Answer, Conversation, Session, talk
 from lladax.data import Bytes, train_bpe
 from lladax.hub import BUILT_IN, Chat
 from lladax.infer import SamplerConfig
-from lladax.infer.engine import Update
+from lladax.infer.engine import Engine, Update
 from lladax.infer.view import MASK_GLYPH
 from lladax.models import tiny
 from lladax.moe import MoEConfig
@@ -159,6 +159,22 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_written(text_model, terminal
   session.command("reset")
   talk(session, script("to be"))  # the engine has forgotten the stopped one
   assert session.conversation.text == "to be" + first
+
+
+def test_a_failure_is_told_and_the_next_line_is_answered(text_model, monkeypatch):
+  session, out = session_of(text_model)
+  failures = [RuntimeError("out of memory")]
+  step = Engine.step
+
+  def failing(engine):
+    if failures:
+      raise failures.pop()
+    return step(engine)
+
+  monkeypatch.setattr(Engine, "step", failing)
+  talk(session, script("to be", "\udcff", "to be"))
+  assert "error: out of memory" in out.getvalue() and "surrogates not allowed" in out.getvalue()
+  assert session.conversation.text == "to be" + text_model.generate("to be", seed=0)
 
 
 def test_a_record_is_a_page_and_a_gif(text_model, tmp_path):

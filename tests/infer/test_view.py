@@ -48,6 +48,13 @@ def test_one_glyph_per_mask_and_the_text_between_masks_intact(sample):
   assert shown[-1] == text
 
 
+def test_what_a_model_writes_gives_the_terminal_no_orders():
+  shown = crystallising(["\x1b[2J", "a\n", "\x9b1m"], [0, 0, 0], [1.0] * 3, 1).plain
+  assert shown == "\u241b[2Ja\n\ufffd1m"
+  result = result_of("\x1bc", [0, 0])
+  assert list(styled_frames(result, decode))[-1].plain == "\u241bc"
+
+
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(text_and_order)
 def test_styled_frames_say_the_same_as_plain_ones(sample):

@@ -39,7 +39,6 @@ CONFIG = dataclasses.replace(
   pad_token_id=PAD,
   initializer_range=0.3,  # so that what is written depends on what is there
 )
-PARAMS = init_params(CONFIG, jax.random.key(3))
 # None of them empty: on a canvas of masks alone all positions tie, and rounding chooses.
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1], [4]]
 BASE = SamplerConfig(gen_length=16, steps=16, block_length=8)
@@ -48,8 +47,14 @@ CACHES = (
 )  # fmt: skip
 
 
-def run(config, prompts=PROMPTS, *, network=None, params=PARAMS, **options):
+@functools.cache
+def weights():
+  return init_params(CONFIG, jax.random.key(3))
+
+
+def run(config, prompts=PROMPTS, *, network=None, params=None, **options):
   network = Denoiser(CONFIG) if network is None else network
+  params = weights() if params is None else params
   return generate(
     network, params, prompts, config, mask_id=MASK, eos_id=EOS, pad_id=PAD, prompt_multiple=16,
     **options,
@@ -80,21 +85,21 @@ def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift):
   positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
   at, canvas = jnp.array([4, 11]), (tokens, positions, segments)
   logits, memory = jax.jit(functools.partial(network.read, width=8, keep=True))(
-    PARAMS, *canvas, at=at
+    weights(), *canvas, at=at
   )
   start = at - network.look_behind
   window, kept = jax.jit(
     functools.partial(network.read_window, width=8, size=8 + network.look_behind)
-  )(PARAMS, *canvas, at=at, memory=memory, start=start)
+  )(weights(), *canvas, at=at, memory=memory, start=start)
   np.testing.assert_allclose(window, logits, atol=2e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), kept, memory)
-  everywhere = network(PARAMS, tokens, positions, segments)
+  everywhere = jax.jit(network)(weights(), tokens, positions, segments)
   for row in range(2):
     np.testing.assert_allclose(logits[row], everywhere[row, at[row] : at[row] + 8], atol=2e-5)
   # Changed columns change what is kept of them, and of no others; rows that are left out keep all.
   changed = (jnp.where(tokens == 5, 6, 5), positions, segments)
   _, kept = jax.jit(functools.partial(network.read_window, width=8, size=8))(
-    PARAMS, *changed, at=at, memory=memory, start=at, refresh=(at + 2, at + 5),
+    weights(), *changed, at=at, memory=memory, start=at, refresh=(at + 2, at + 5),
     rows=jnp.array([True, False]),
   )  # fmt: skip
   for old, new in zip(jax.tree.leaves(memory), jax.tree.leaves(kept), strict=True):
@@ -154,6 +159,7 @@ def test_a_row_is_decoded_as_if_it_were_alone(name):
   together = run(config, seeds=5, gen_lengths=lengths)
   assert not (together.row(0).count(MASK) or together.row(1).count(MASK))
   for row, prompt in enumerate(PROMPTS):
+    # On a canvas of another width, but for the longest; two widths are compiled.
     alone = run(config, [prompt], seeds=5 + row, gen_lengths=lengths[row : row + 1])
     assert alone.row(0) == together.row(row)
     assert together.row(row)[: len(prompt)] == prompt

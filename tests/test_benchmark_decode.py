@@ -85,11 +85,12 @@ def command(*arguments):
   )
 
 
-@pytest.mark.quick
 @pytest.mark.slow
 def test_one_run_prints_a_table_and_writes_json(chatty, tmp_path):
   path = tmp_path / "decode.json"
-  flags = f"--model={chatty} --prompt_length=4 --gen_length=16 --block_length=8 --steps=4 --rounds=2"
+  flags = (
+    f"--model={chatty} --prompt_length=4 --gen_length=16 --block_length=8 --steps=4 --rounds=2"
+  )
   sides = ["", "weights=int8 cache=DualCache()"]
   ran = command(*flags.split(), "--torch=", *(f"--ours={side}" for side in sides), f"--json={path}")
   assert ran.returncode == 0, ran.stderr

@@ -35,15 +35,15 @@ def attention(
       segment has no key that it may see gives 0, and no gradient.
     key_segment_ids: int32[B, S], the segments of the keys; None: those of the queries (S = L).
     block_length: None, or blocks of a block-causal mask: own block and earlier ones.
-    query_offset: position of the first query among the keys, from 0, for `block_length`; may be
-      traced, for a shard of a sequence whose keys were gathered.
+    query_offset: position of the first query among the keys, from 0, for `block_length`: one for
+      all rows, or int32[B]. May be traced, for a shard of a sequence whose keys were gathered.
     implementation: one of `IMPLEMENTATIONS`; None chooses by the platform that is lowered for.
       `row_blocks`: CPU, a few rows of the batch at a time. `chunked`: anywhere, a few queries at a
-      time. `splash`: TPU. `cudnn`: NVIDIA, where this process finds cuDNN. `reference`: all scores
-      at once. By default TPUs get `splash` from 128 queries and keys on and NVIDIA GPUs `cudnn`,
-      where they take these operands; CPUs `row_blocks` while the scores of a row of the batch stay
-      within 64 MiB; and everything else `chunked`. Of these only `row_blocks` and `reference` hold
-      all scores of a row at once.
+      time. `splash`: TPU, with one offset for all rows. `cudnn`: NVIDIA, where this process finds
+      cuDNN. `reference`: all scores at once. By default TPUs get `splash` from 128 queries and keys
+      on and NVIDIA GPUs `cudnn`, where they take these operands; CPUs `row_blocks` while the scores
+      of a row of the batch stay within 64 MiB; and everything else `chunked`. Of these only
+      `row_blocks` and `reference` hold all scores of a row at once.
 
   Returns:
     [B, L, N, H] in the dtype of `query`.
@@ -59,8 +59,8 @@ def attention(
   if segment_ids is not None:
     segments = segment_ids, segment_ids if key_segment_ids is None else key_segment_ids
   if block_length is not None:
-    position = query_offset + jnp.arange(query.shape[1], dtype=jnp.int32)
-    limits = (position // block_length + 1) * block_length - 1
+    position = jnp.asarray(query_offset, jnp.int32)[..., None] + jnp.arange(query.shape[1])
+    limits = (position // block_length + 1) * block_length - 1  # [L] or [B, L]
   args = jax.tree.map(jnp.asarray, (query, key, value, segments, limits))
   args = op.vary_like(args, args)
   at_start = isinstance(query_offset, int) and query_offset == 0
@@ -98,6 +98,11 @@ def _check(query, key, value, segment_ids, key_segment_ids, block_length, query_
     raise ValueError(f"expected a block_length of at least 1, got {block_length}")
   if isinstance(query_offset, int) and query_offset < 0:
     raise ValueError(f"expected a query_offset of at least 0, got {query_offset}")
+  if jnp.shape(query_offset) not in ((), query.shape[:1]):
+    raise ValueError(
+      f"expected one query_offset, or one for each of {query.shape[0]} rows, got "
+      f"{jnp.shape(query_offset)}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +118,7 @@ class _Kernels:
 def _choose(implementation, query, key, segments, limits, causal) -> _Kernels | None:
   """None for the reference, which JAX differentiates."""
   refusals = {
-    "splash": splash.refusal(query, key),
+    "splash": splash.refusal(query, key, limits),
     "cudnn": cudnn.refusal(query, key, segments, limits, causal),
   }
   if implementation == "reference":

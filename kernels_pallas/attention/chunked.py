@@ -93,6 +93,6 @@ class _Chunks:
     q = self.take(i, query) * query.shape[-1] ** -0.5
     scores = jnp.einsum("bckgh,bskh->bkgcs", q, key, preferred_element_type=jnp.float32)
     segments = self.segments and (self.take(i, self.segments[0]), self.segments[1])
-    limits = None if self.limits is None else self.take(i, self.limits, axis=0)
+    limits = None if self.limits is None else self.take(i, self.limits, axis=self.limits.ndim - 1)
     mask = allowed(segments, limits, self.keys)
     return scores if mask is None else jnp.where(mask[:, None, None], scores, NEVER)

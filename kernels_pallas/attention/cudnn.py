@@ -58,23 +58,34 @@ def needs_bias(segments, limits, causal: bool) -> bool:
 def forward(query, key, value, segments, limits, *, causal):
   """-> (out [B, L, N, H], zeros float32[B, N, L] in place of the norm, which cuDNN keeps)."""
   B, L, N, _ = query.shape
+  biased = needs_bias(segments, limits, causal)
+  limits, own_limits = _by_row(limits)
 
-  def rows(query, key, value, segments):
-    return _attend(query, key, value, segments, limits, causal)
+  def rows(query, key, value, segments, own_limits):
+    own = limits if own_limits is None else own_limits
+    return _attend(query, key, value, segments, own, causal)
 
-  out = _map_rows(rows, needs_bias(segments, limits, causal), query, key, value, segments)
+  out = _map_rows(rows, biased, query, key, value, segments, own_limits)
   return out, jnp.zeros((B, N, L), jnp.float32)
 
 
 def backward(query, key, value, segments, limits, out, log_norm, grad, *, causal):
   """Gradients of query, key and value."""
   del out, log_norm
+  biased = needs_bias(segments, limits, causal)
+  limits, own_limits = _by_row(limits)
 
-  def rows(query, key, value, grad, segments):
-    run = functools.partial(_attend, segments=segments, limits=limits, causal=causal)
+  def rows(query, key, value, grad, segments, own_limits):
+    own = limits if own_limits is None else own_limits
+    run = functools.partial(_attend, segments=segments, limits=own, causal=causal)
     return jax.vjp(run, query, key, value)[1](grad)
 
-  return _map_rows(rows, needs_bias(segments, limits, causal), query, key, value, grad, segments)
+  return _map_rows(rows, biased, query, key, value, grad, segments, own_limits)
+
+
+def _by_row(limits):
+  """(limits that all rows share, limits of each row); one of them is None."""
+  return (None, limits) if limits is not None and limits.ndim == 2 else (limits, None)
 
 
 def _attend(query, key, value, segments, limits, causal):

@@ -2,7 +2,7 @@
 
 Who may attend to whom is given to every implementation as two things, either of which may be None:
 `segments`, the ids of queries int32[B, L] and of keys int32[B, S], which must be equal; `limits`,
-int32[L], the last key that each query may see, never falling.
+int32[L] or, where rows differ, int32[B, L], the last key that each query may see, never falling.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def allowed(segments, limits, keys: int) -> jax.Array | None:
   if segments is not None:
     mask = segments[0][:, :, None] == segments[1][:, None, :]
   if limits is not None:
-    early = (jnp.arange(keys) <= limits[:, None])[None]
+    early = jnp.arange(keys) <= limits[..., None]
+    early = early if limits.ndim == 2 else early[None]
     mask = early if mask is None else mask & early
   return mask

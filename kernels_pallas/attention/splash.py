@@ -16,8 +16,10 @@ LANES = 128
 LARGEST_BLOCK = 1024
 
 
-def refusal(query, key) -> str | None:
+def refusal(query, key, limits=None) -> str | None:
   """Why the kernels cannot take these operands; None if they can."""
+  if limits is not None and limits.ndim == 2:
+    return "its limits are the same for all rows, not those of an offset per row"
   if query.dtype not in (jnp.bfloat16, jnp.float32) or key.dtype != query.dtype:
     return f"it takes bfloat16 or float32, not {query.dtype} and {key.dtype}"
   return None

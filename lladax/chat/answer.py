@@ -7,6 +7,7 @@ import dataclasses
 from rich.console import Group
 from rich.text import Text
 
+from lladax.infer.earlier import EarlierText, earlier_texts, shown
 from lladax.infer.engine import Update
 from lladax.infer.replay import Replay
 from lladax.infer.text_stream import AnswerStream, Decode, TextStream
@@ -26,6 +27,7 @@ class Answer:
     ids: up to the end of the text.
     texts: what each reads.
     revealed_at, confidence: of each.
+    earlier: what they read before, where the sampler edits what it has written.
     text: theirs, as far as it is settled.
     nfe: passes of the network so far.
     seconds: of decoding.
@@ -39,6 +41,7 @@ class Answer:
   texts: list[str] = dataclasses.field(default_factory=list)
   revealed_at: list[int] = dataclasses.field(default_factory=list)
   confidence: list[float] = dataclasses.field(default_factory=list)
+  earlier: list[EarlierText] = dataclasses.field(default_factory=list)
   text: str = ""
   nfe: int = 0
   seconds: float = 0.0
@@ -51,14 +54,18 @@ class Answer:
 
   def take(self, update: Update, seconds: float) -> str:
     """Reads the next block; the text that it settles."""
-    new = slice(self._seen - update.first, None)  # what comes before is of the prompt
+    skip = self._seen - update.first  # what comes before is of the prompt
+    new = slice(skip, None)
     ids = update.tokens[new]
     text = self._stream.push(ids)
     self._seen += len(ids)
     self.over = update.done or self._stream.ended
     if self.over:
       text += self._stream.finish()
-    kept = len(self._stream.ids) - len(self.ids)
+    known = len(self.ids)
+    kept = len(self._stream.ids) - known
+    for one in earlier_texts(update.earlier, self.decode, skip=skip, count=kept):
+      self.earlier.append(dataclasses.replace(one, place=known + one.place))
     self.ids += ids[:kept]
     self.texts += [self._pieces.push([i]) for i in ids[:kept]]
     if self.over and self.texts:
@@ -86,9 +93,9 @@ class Answer:
     texts = [*self.texts, *[""] * left]
     revealed_at = [*self.revealed_at, *[NEVER] * left]
     confidence = [*self.confidence, *[0.0] * left]
-    masked = sum(at >= number for at in revealed_at)
-    canvas = crystallising(texts, revealed_at, confidence, number)
-    return Group(canvas, Text(f"{self.facts()}, {masked} masked", style="dim"))
+    places = shown(texts, revealed_at, confidence, number, self.earlier)
+    facts = f"{self.facts()}, {places.count(None)} masked"
+    return Group(crystallising(places, number), Text(facts, style="dim"))
 
   def replay(self, prompt: str) -> Replay:
     return Replay(
@@ -97,4 +104,5 @@ class Answer:
       confidence=self.confidence,
       nfe=self.nfe,
       prompt=prompt,
+      earlier=self.earlier,
     )

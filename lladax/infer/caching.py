@@ -21,7 +21,8 @@ class Cache(abc.ABC):
   keeps = True
   # Whether all rows that are in their block's same iteration read the same.
   uniform = True
-  # Whether a finished block is read once more, to keep the keys and values of its final tokens.
+  # Whether the first window of a block begins with the block before it, which is finished by then:
+  # what is kept of that one are the keys and values of its final tokens.
   settles = False
 
   @abc.abstractmethod
@@ -122,8 +123,9 @@ class Vicinity(Cache):
 class BlockCausal(Cache):
   """Exact, for a network whose attention is block-causal (LLaDA2, arXiv 2512.15745).
 
-  The prompt is read in the first iteration; a finished block is read once more, since later blocks
-  see its final tokens. Nothing else changes what earlier blocks are.
+  The prompt is read in the first iteration. Later blocks see a finished block's final tokens, so it
+  is read once more, in one pass with the first iteration of the next block, as in dInfer. Nothing
+  else changes what earlier blocks are.
   """
 
   uniform = False

@@ -11,6 +11,7 @@ import numpy as np
 
 from lladax.infer.canvas import Canvas, masked_canvas, prompt_canvas
 from lladax.infer.config import SamplerConfig
+from lladax.infer.earlier import Earlier, earlier_tokens
 from lladax.infer.generate import as_ids, check_network, empty_memory, row_keys
 from lladax.infer.iteration import Ids
 from lladax.infer.network import DenoiseFn, Network, as_network
@@ -48,6 +49,7 @@ class Update:
     confidence: with which each was written; 0 where it was given.
     done: whether it is the last one.
     nfe: passes of the network that the row has needed so far.
+    earlier: where written tokens may change, what those of the block read before, by iteration.
   """
 
   ticket: int
@@ -57,6 +59,7 @@ class Update:
   confidence: list[float]
   done: bool
   nfe: int
+  earlier: Sequence[Earlier] = ()
 
 
 class Engine:
@@ -103,6 +106,7 @@ class Engine:
     self._column = np.zeros(slots, np.int64)
     self._end = np.zeros(slots, np.int64)
     self._first = np.zeros(slots, np.int64)
+    self._iterations = np.zeros(slots, np.int64)
     self._next = 0
 
   @property
@@ -133,7 +137,8 @@ class Engine:
     self._state = _put_row(rest, row, slot).replace(memory=memory)
     self._tickets[slot], self._next = ticket, ticket + 1
     for of_slots, value in (
-      (self._column, canvas.column), (self._end, canvas.end), (self._first, canvas.first)
+      (self._column, canvas.column), (self._end, canvas.end), (self._first, canvas.first),
+      (self._iterations, [0]),
     ):  # fmt: skip
       of_slots[slot] = value[0]
     return ticket
@@ -147,9 +152,10 @@ class Engine:
     self._state = decode_block(
       self._network, self._params, self._state, config=self._config, ids=self._ids, rest=rest
     )
-    self._state = self._state.replace(history=None)
     seen = jax.device_get(self._state.replace(memory=None, keys=None))
+    self._state = self._state.replace(history=None)
     self._column, self._end = seen.column.astype(np.int64), seen.end.astype(np.int64)
+    begun, self._iterations = self._iterations, seen.iterations.astype(np.int64)
     updates = []
     for slot, ticket in enumerate(self._tickets):
       if ticket is None:
@@ -165,11 +171,21 @@ class Engine:
           confidence=seen.confidence[slot, block].tolist(),
           done=done,
           nfe=int(seen.nfe[slot]),
+          earlier=self._earlier(seen, slot, block, int(begun[slot])),
         )
       )
       if done:
         self._tickets[slot] = None
     return updates
+
+  def _earlier(self, seen: State, slot: int, block: slice, begun: int) -> list[Earlier]:
+    if seen.history is None:
+      return []
+    count, width = seen.iterations[slot] - begun, block.stop - block.start
+    return earlier_tokens(
+      *(x[:count, slot, :width] for x in (seen.history.tokens, seen.history.confidence)),
+      seen.revealed_at[slot, block], first=begun, mask_id=self._ids.mask,
+    )  # fmt: skip
 
   def cancel(self, ticket: int):
     """Frees the slot of a request; nothing happens to one that is done."""

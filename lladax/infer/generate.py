@@ -16,6 +16,7 @@ import numpy as np
 from lladax.infer.caching import BlockCausal
 from lladax.infer.canvas import Canvas, masked_canvas, prompt_canvas
 from lladax.infer.config import SamplerConfig
+from lladax.infer.earlier import Earlier, earlier_tokens
 from lladax.infer.iteration import Ids
 from lladax.infer.network import DenoiseFn, Network, as_network
 from lladax.infer.sampler import decode_block, window_rest
@@ -33,11 +34,13 @@ class Trail:
     column: int32[B], where the block of each row begins.
     iterations: int32[B], how many the row needed for it.
     tokens: int32[iterations, B, W], after each of them.
+    confidence: float32[iterations, B, W], with which they were written.
   """
 
   column: np.ndarray
   iterations: np.ndarray
   tokens: np.ndarray
+  confidence: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +84,19 @@ class GenerateResult:
     tokens, when = self.tokens[index][keep], self.revealed_at[index][keep]
     frame = np.arange(when.max(initial=-1) + 2)[:, None]
     return np.where(when < frame, tokens, self.mask_id)
+
+  def earlier(self, index: int) -> list[Earlier]:
+    """What a row's tokens read before, by iteration; places are columns of `frames`."""
+    first, found = 0, []
+    place = np.cumsum(self.is_text[index]) - 1
+    for block in self.trail:
+      column, count = block.column[index], block.iterations[index]
+      when = self.revealed_at[index, column : column + block.tokens.shape[2]]
+      tokens, sure = (x[:count, index, : len(when)] for x in (block.tokens, block.confidence))
+      for one in earlier_tokens(tokens, sure, when, first=first, mask_id=self.mask_id):
+        found.append(dataclasses.replace(one, place=int(place[column + one.place])))
+      first += count
+    return found
 
   def _replay(self, index: int) -> np.ndarray:
     canvas = np.where(self.revealed_at[index] < 0, self.tokens[index], self.mask_id)
@@ -241,8 +257,8 @@ def run(
     column, begun = jax.device_get((state.column, state.iterations)) if config.edit else (0, 0)
     state = decode_block(network, params, state, config=config, ids=ids, rest=rest)
     if config.edit:
-      done, tokens = jax.device_get((state.iterations, state.history))
-      trail.append(Trail(column, done - begun, tokens))
+      done, seen = jax.device_get((state.iterations, state.history))
+      trail.append(Trail(column, done - begun, seen.tokens, seen.confidence))
       state = state.replace(history=None)
     if stop is not None:
       state = stop_rows(state, stop, ids)

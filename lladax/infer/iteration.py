@@ -18,8 +18,8 @@ from lladax.infer.drawing import (
   token_probability,
 )
 from lladax.infer.network import Network
-from lladax.infer.state import State
-from lladax.models.cache import put_columns, take_columns
+from lladax.infer.state import History, State
+from lladax.models.cache import put_columns, select_rows, take_columns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,8 @@ class Step:
     config, rows = self.config, len(state.column)
     if config.edit is not None:
       shape = (self.bound, rows, self.width)
-      state = state.replace(history=jnp.zeros(shape, jnp.int32))
+      history = History(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+      state = state.replace(history=history)
     at_start = jnp.sum(self.masked(state), axis=1, dtype=jnp.int32)
     credit = soft = None
     if config.credit is not None or config.smoothing is not None:
@@ -124,12 +125,23 @@ class Step:
       return left
     return left | (block.changed & (block.extra < self.config.edit.extra_steps))
 
+  def reading(self, block: Block) -> jax.Array:
+    """bool[B], rows that the network is to read: active ones, and those behind whose block another
+    follows although there is nothing to write in it, where finished blocks are settled."""
+    active = self.active(block)
+    if not self.config.cache.settles:
+      return active
+    state = block.state
+    between = (state.iterations > 0) & (state.column + self.width < state.end)
+    return active | (between & (block.iteration == 0))
+
   def iterate(self, block: Block) -> Block:
     state, config = block.state, self.config
     masked, active = self.masked(state), self.active(block)
     keys = fold_in(fold_in(state.keys, state.block), jnp.full_like(state.block, block.iteration))
     draw_keys, unmask_keys = split(keys)
-    logits, memory = self.read(block, active)
+    reading = self.reading(block)
+    logits, memory = self.read(block, reading)
     credit = block.credit
     if config.credit is not None:
       logits, credit = config.credit(credit, logits, masked)
@@ -150,11 +162,16 @@ class Step:
     replace = remask
     if config.edit is not None:
       commit, replace, remask = self._edit(state, logits, drawn, confidence, masked, commit, active)
-    state = state.replace(memory=memory)
+    passes = 2 if config.cfg_scale else 1
+    state = state.replace(memory=memory, nfe=state.nfe + reading * passes)
     state = self._write(state, drawn, confidence, commit | replace, remask, active)
     if state.history is not None:
-      now = take_columns(state.tokens, state.column, self.width)
-      state = state.replace(history=state.history.at[block.iteration].set(now))
+      now = (take_columns(x, state.column, self.width) for x in (state.tokens, state.confidence))
+      history = jax.tree.map(
+        lambda all_of_them, one: all_of_them.at[block.iteration].set(one),
+        state.history, History(*now),
+      )  # fmt: skip
+      state = state.replace(history=history)
     soft = block.soft
     if config.smoothing is not None:
       soft = self._soften(logits, state)
@@ -206,7 +223,6 @@ class Step:
       revealed_at=put(state.revealed_at, state.iterations[:, None], -1),
       confidence=put(state.confidence, confidence, 0.0),
       iterations=state.iterations + active,
-      nfe=state.nfe + active * (2 if self.config.cfg_scale else 1),
     )
 
   def _soften(self, logits: jax.Array, state: State) -> jax.Array:
@@ -218,38 +234,52 @@ class Step:
 
   # --- Reading the network ---
 
-  def read(self, block: Block, active: jax.Array) -> tuple[jax.Array, Any]:
-    """Guided logits float32[B, W, V] of each row's block, and the memory afterwards."""
+  def read(self, block: Block, rows: jax.Array) -> tuple[jax.Array, Any]:
+    """Guided logits float32[B, W, V] of each row's block, and the memory afterwards.
+
+    Args:
+      rows: bool[B], those that are read. Of the others the logits mean nothing; their memory may be
+        refreshed, but stays what it is for a cache that is not `uniform`.
+    """
     state, soft, cache = block.state, block.soft, self.config.cache
     if not cache.keeps:
       return self._guide(self._whole(state, soft, keep=False)[0]), None
     whole = cache.whole(block.iteration, state.iterations)
-    if cache.uniform:
+    if cache.uniform and not cache.settles:
       logits, memory = jax.lax.cond(
         jnp.any(whole),
         lambda: self._whole(state, soft, keep=True),
-        lambda: self._window(state, soft, active),
+        lambda: self._window(state, soft, rows),
       )
     else:
-      logits, memory = self._by_row(block, whole & active, ~whole & active)
+      logits, memory = self._by_row(block, whole & rows, ~whole & rows)
     return self._guide(logits), memory
 
   def _by_row(self, block: Block, whole: jax.Array, window: jax.Array):
     """Some rows read all, others their window. What one row needs changes nothing in the others."""
-    state, soft = block.state, block.soft
+    state, soft, settles = block.state, block.soft, self.config.cache.settles
 
     def all_of_it():
       logits, memory = self._whole(state, soft, keep=True)
       return logits, select_rows(self.twice(whole), memory, state.memory)
 
+    def some_of_it(settle=False):
+      return self._window(state, soft, window, settle=settle)
+
     def mixed():
       logits, memory = self._whole(state, soft, keep=True)
-      some, kept = self._window(state, soft, window)
+      some, kept = some_of_it(settles)
       rows = self.twice(whole)
       return jnp.where(rows[:, None, None], logits, some), select_rows(rows, memory, kept)
 
+    # Blocks are settled in the first iteration; so they are, for nothing, where some row reads the
+    # whole in a later one, which `BlockCausal` never does.
+    ways = (some_of_it, all_of_it, mixed)
     way = jnp.where(jnp.any(whole), jnp.where(jnp.any(window), 2, 1), 0)
-    return jax.lax.switch(way, (lambda: self._window(state, soft, window), all_of_it, mixed))
+    if settles:
+      ways = (*ways, lambda: some_of_it(settle=True))
+      way = jnp.where((way == 0) & (block.iteration == 0), 3, way)
+    return jax.lax.switch(way, ways)
 
   def _whole(self, state: State, soft, *, keep: bool):
     return self.network.read(
@@ -257,9 +287,12 @@ class Step:
       soft=self._on_canvas(state, soft), keep=keep,
     )  # fmt: skip
 
-  def _window(self, state: State, soft, rows: jax.Array):
+  def _window(self, state: State, soft, rows: jax.Array, *, settle: bool = False):
+    """`settle`: with the block before each row's."""
     length = state.tokens.shape[1]
     before, size = self.config.cache.window(self.width, self.rest)
+    if settle:
+      before, size = before + self.width, size + self.width
     behind = max(0, self.network.look_behind - before)
     before, size = before + behind, min(size + behind, length)
     first = state.column - before
@@ -270,15 +303,6 @@ class Step:
       refresh=(self.twice(first), self.twice(first + size)), rows=self.twice(rows),
       soft=self._on_canvas(state, soft),
     )  # fmt: skip
-
-  def settle(self, state: State) -> State:
-    """Reads the finished blocks once more, for the keys and values of their final tokens."""
-    rows = (state.column + self.width < state.end) & (state.iterations > 0)
-    memory = jax.lax.cond(
-      jnp.any(rows), lambda: self._window(state, None, rows)[1], lambda: state.memory
-    )
-    passes = 2 if self.config.cfg_scale else 1
-    return state.replace(memory=memory, nfe=state.nfe + rows * passes)
 
   def twice(self, x: jax.Array) -> jax.Array:
     """Rows once more for guidance, where there is any."""
@@ -332,15 +356,6 @@ class Step:
       revealed_at=jnp.where(fill, last, state.revealed_at),
       end=jnp.where(ended, jnp.minimum(state.end, state.column + self.width), state.end),
     )
-
-
-def select_rows(rows: jax.Array, yes, no):
-  """Memory [n, B, ...] of `yes` in these rows, of `no` in the others."""
-
-  def select(a, b):
-    return jnp.where(rows.reshape(1, -1, *(1,) * (a.ndim - 2)), a, b)
-
-  return jax.tree.map(select, yes, no)
 
 
 def fold_in(keys: jax.Array, data: jax.Array) -> jax.Array:

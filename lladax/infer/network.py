@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
-from lladax.models.cache import take_columns
+from lladax.models.cache import Memory, take_columns
 from lladax.types import Logits, Positions, SegmentIds, Tokens
 
 # (params, tokens, positions, segment_ids) -> logits float32[B, L, V]; position i predicts token i.
@@ -26,16 +26,16 @@ class Network(Protocol):
 
   def read(
     self, params, tokens, positions, segment_ids, *, at, width, soft=None, keep=False
-  ) -> tuple[Logits, Any]:
+  ) -> tuple[Logits, Memory | None]:
     """A pass over the whole canvas: logits [B, width, V] of the columns from at_r on; memory."""
 
   def read_window(
     self, params, tokens, positions, segment_ids, *, at, width, memory, start, size,
     refresh=None, rows=None, soft=None,
-  ) -> tuple[Logits, Any]:  # fmt: skip
+  ) -> tuple[Logits, Memory]:  # fmt: skip
     """A pass over `size` columns of each row, the others' keys and values from memory."""
 
-  def empty_memory(self, rows: int, length: int) -> Any:
+  def empty_memory(self, rows: int, length: int) -> Memory:
     """What is kept of a canvas [B, S] before its first pass."""
 
   def embed_softly(self, params, probabilities) -> jax.Array:

@@ -1,17 +1,26 @@
 "use strict";
 
 // Tokens as spans: bars while they are masked, then text coloured by confidence from red (0) to
-// green (1). A column is {text, at, confidence}: `at` is the iteration that writes it, -1 where it
-// was given, Infinity while nobody knows. Text is set as text only, never as markup.
+// green (1). A column is {text, at, confidence, earlier}: `at` is the iteration that writes it, -1
+// where it was given, Infinity while nobody knows; `earlier` is what was there before it, each with
+// its {text, at, confidence}, text null where it was masked again. Text is set as text only, never
+// as markup.
 function denoisingCanvas() {
   const root = document.createElement("div");
   root.className = "canvas";
   const columns = [], spans = [];
   let shown = 0;
 
+  // What a column shows now; null for a mask.
+  function now(column) {
+    if (column.at < shown) return column;
+    const before = column.earlier.filter(one => one.at < shown).pop();
+    return before && before.text !== null ? before : null;
+  }
+
   function draw(i) {
-    const { text, at, confidence } = columns[i], span = spans[i];
-    const masked = at >= shown;
+    const seen = now(columns[i]), span = spans[i], masked = !seen;
+    const { text, at, confidence } = seen || columns[i];
     span.textContent = text;
     span.className = masked ? "masked" : at < 0 ? "given" : "written";
     if (at >= 0 && at === shown - 1) span.classList.add("fresh");
@@ -27,7 +36,7 @@ function denoisingCanvas() {
       more.forEach((column, k) => {
         const i = first + k;
         while (spans.length <= i) {
-          columns.push({ text: "\u2591", at: Infinity, confidence: 0 });
+          columns.push({ text: "\u2591", at: Infinity, confidence: 0, earlier: [] });
           spans.push(root.appendChild(document.createElement("span")));
           draw(spans.length - 1);
         }
@@ -39,7 +48,10 @@ function denoisingCanvas() {
     show(number) {
       const [low, high] = [Math.min(shown, number) - 1, Math.max(shown, number)];
       shown = number;
-      columns.forEach((column, i) => { if (column.at >= low && column.at <= high) draw(i); });
+      const changes = one => one.at >= low && one.at <= high;
+      columns.forEach((column, i) => {
+        if (changes(column) || column.earlier.some(changes)) draw(i);
+      });
     },
     // Takes columns away from `length` on: what follows the end of an answer.
     cut(length) {
@@ -48,16 +60,16 @@ function denoisingCanvas() {
     },
     clear() { this.cut(0); shown = 0; },
     get shown() { return shown; },
-    get masked() { return columns.filter(column => column.at >= shown).length; },
-    get text() {
-      return columns.map(column => column.at >= shown ? "\u2591" : column.text).join("");
-    },
+    get masked() { return columns.filter(column => !now(column)).length; },
+    get text() { return columns.map(column => (now(column) || { text: "\u2591" }).text).join(""); },
   };
 }
 
 function columnsOf(replay) {
-  return replay.texts.map((text, i) =>
-    ({ text, at: replay.revealed_at[i], confidence: replay.confidence[i] }));
+  const columns = replay.texts.map((text, i) =>
+    ({ text, at: replay.revealed_at[i], confidence: replay.confidence[i], earlier: [] }));
+  for (const one of replay.earlier) columns[one.place].earlier.push(one);
+  return columns;
 }
 
 // A finished replay with a button and a slider.

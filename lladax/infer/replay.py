@@ -1,7 +1,7 @@
 """A denoising kept: an HTML page that plays it without a network, and a GIF.
 
 Both are made from a `Replay`, which says of every token what it reads, in which iteration it was
-written and with which confidence; every frame follows from that.
+written and with which confidence, and the same of what it read before; every frame follows from that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lladax.infer.earlier import EarlierText, Shown, earlier_texts, shown
 from lladax.infer.generate import GenerateResult
 from lladax.infer.text_stream import Decode, token_texts
 from lladax.infer.view import pick, shade
@@ -34,6 +35,7 @@ class Replay:
     confidence: with which it was written.
     nfe: network passes that it took.
     prompt: what stood before, shown above the canvas.
+    earlier: what tokens read before they gave way to others, by iteration.
   """
 
   texts: Sequence[str]
@@ -41,6 +43,7 @@ class Replay:
   confidence: Sequence[float]
   nfe: int
   prompt: str = ""
+  earlier: Sequence[EarlierText] = ()
 
   def __post_init__(self):
     if not len(self.texts) == len(self.revealed_at) == len(self.confidence):
@@ -57,6 +60,10 @@ class Replay:
   def written(self) -> int:
     return sum(at >= 0 for at in self.revealed_at)
 
+  def shown(self, number: int) -> list[Shown | None]:
+    """What each token shows before iteration `number`; None for a mask."""
+    return shown(self.texts, self.revealed_at, self.confidence, number, self.earlier)
+
   def to_tree(self) -> dict:
     """Plain JSON values, as the player reads them."""
     return {
@@ -65,6 +72,7 @@ class Replay:
       "texts": list(self.texts),
       "revealed_at": list(self.revealed_at),
       "confidence": [round(float(c), 4) for c in self.confidence],
+      "earlier": [one.to_tree() for one in self.earlier],
     }
 
 
@@ -76,6 +84,7 @@ def replay_of(result: GenerateResult, decode: Decode, *, row: int = 0) -> Replay
     revealed_at=result.revealed_at[row][keep].tolist(),
     confidence=result.confidence[row][keep].tolist(),
     nfe=int(result.nfe[row]),
+    earlier=earlier_texts(result.earlier(row), decode),
   )
 
 
@@ -118,7 +127,8 @@ def save_gif(
 ) -> None:
   """Writes an animated GIF, the replays one after the other.
 
-  The text stands where it will stand in the end; what is masked is a bar of that length.
+  The text stands where it will stand in the end; what is masked is a bar of that length, and what
+  gives way to another token is cut to it.
 
   Args:
     columns: characters in a line.
@@ -172,17 +182,22 @@ class _Page:
     size = ((self._columns + 2) * width, (lines + 1) * height)
     image = self._image("RGB", size, BACKGROUND)
     draw = self._draw(image)
+    places = self._replay.shown(number)
+    begun: dict[int | None, int] = {}  # cells of each token so far
     for token, character, line, column, wide in self._cells:
       x, y = (column + 1) * width, line * height + height // 2
-      at = -1 if token is None else self._replay.revealed_at[token]
-      if at >= number:
+      place = Shown("", -1, 0.0) if token is None else places[token]
+      if place is None:
         bar = (x, y + height // 6, x + width * (1 + wide) - 1, y + height * 5 // 6)
         draw.rectangle(bar, fill=BAR)
-      else:
-        colour = GIVEN if at < 0 else shade(self._replay.confidence[token])
-        draw.text((x, y), character, fill=colour, font=self._font)
-        if at == number - 1 >= 0:
-          draw.line((x, y + height - 2, x + width * (1 + wide) - 1, y + height - 2), fill=colour)
+        continue
+      if token is not None and place.at < self._replay.revealed_at[token]:
+        index = begun[token] = begun.get(token, -1) + 1
+        character = (" ".join(place.text.splitlines()) + " " * (index + 1))[index]
+      colour = GIVEN if place.at < 0 else shade(place.confidence)
+      draw.text((x, y), character, fill=colour, font=self._font)
+      if place.at == number - 1 >= 0:
+        draw.line((x, y + height - 2, x + width * (1 + wide) - 1, y + height - 2), fill=colour)
     return image.quantize(64)
 
 

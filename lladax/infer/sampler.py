@@ -42,13 +42,11 @@ def decode_block(
   def busy(block):
     # A rule that keeps its contract is done by then. The bound is for one that does not: an endless
     # loop on a device cannot be interrupted.
-    return jnp.any(step.active(block)) & (block.iteration < step.bound)
+    return jnp.any(step.reading(block)) & (block.iteration < step.bound)
 
   state = jax.lax.while_loop(busy, step.iterate, step.begin(state)).state
   if config.early_stop:
     state = step.stop_at_eos(state)
-  if config.cache.settles:
-    state = step.settle(state)
   return step.move_on(state)
 
 

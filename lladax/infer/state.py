@@ -14,6 +14,19 @@ from lladax.types import BoolPerToken, PerToken, SegmentIds, Tokens
 
 
 @struct.dataclass
+class History:
+  """The last block of each row after each of its iterations.
+
+  Attributes:
+    tokens: int32[iterations, B, W].
+    confidence: float32[iterations, B, W].
+  """
+
+  tokens: jax.Array
+  confidence: jax.Array
+
+
+@struct.dataclass
 class State:
   """Rows that are decoded together, each at a place of its own. A row's position is its column.
 
@@ -35,8 +48,7 @@ class State:
     nfe: int32[B], passes of the network that the row needed.
     memory: keys and values, of twice the rows with guidance; None before the first pass that keeps
       them, and without a cache.
-    history: int32[iterations, B, W], the tokens of the last block after each of its iterations;
-      None where tokens are written once, and `revealed_at` says all.
+    history: of the last block; None where tokens are written once, and `revealed_at` says all.
   """
 
   tokens: Tokens
@@ -52,7 +64,7 @@ class State:
   iterations: jax.Array
   nfe: jax.Array
   memory: Any
-  history: jax.Array | None = None
+  history: History | None = None
 
   @property
   def positions(self) -> jax.Array:

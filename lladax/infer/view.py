@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from lladax.infer.earlier import Shown
 from lladax.infer.generate import GenerateResult
 from lladax.infer.text_stream import Decode
 
@@ -33,30 +34,26 @@ PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "
 PICTURES |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
-def crystallising(
-  texts: Sequence[str], revealed_at: Sequence[int], confidence: Sequence[float], number: int
-) -> Text:
+def crystallising(places: Sequence[Shown | None], number: int) -> Text:
   """The canvas before iteration `number`: masks dim, text in the colour of its confidence.
 
   Args:
-    texts: what each token reads, see `token_texts`.
-    revealed_at: the iteration that writes it, -1 where it was given.
-    confidence: with which it is written.
+    places: what each shows, see `lladax.infer.earlier.shown`.
     number: tokens of iteration `number - 1` are the fresh ones, bold.
   """
   styled = []
-  for piece, at, sure in zip(texts, revealed_at, confidence, strict=True):
-    piece = piece.translate(PICTURES)
-    if at >= number:
+  for place in places:
+    if place is None:
       styled.append((MASK_GLYPH, STYLES["masked"]))
-    elif at < 0:
-      styled.append((piece, STYLES["given"]))
+    elif place.at < 0:
+      styled.append((place.text, STYLES["given"]))
     else:
-      red, green, blue = shade(sure)
-      styled.append((piece, f"{'bold ' if at == number - 1 else ''}rgb({red},{green},{blue})"))
+      red, green, blue = shade(place.confidence)
+      fresh = "bold " if place.at == number - 1 else ""
+      styled.append((place.text, f"{fresh}rgb({red},{green},{blue})"))
   text = Text()
   for style, neighbours in itertools.groupby(styled, key=lambda pair: pair[1]):
-    text.append("".join(piece for piece, _ in neighbours), style)
+    text.append("".join(piece for piece, _ in neighbours).translate(PICTURES), style)
   return text
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kernels_pallas.attention import attention
-from lladax.models.cache import KeyValues, Place, insert
+from lladax.models.cache import Columns, KeyValues, Place, insert
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.layers import Projection, RMSNorm, rotate
 from lladax.sharding import joined, on_devices, spec
@@ -29,15 +29,29 @@ class AttentionMask:
       of this pass; None: the same columns.
     block_length: None, or the length of the blocks of a block-causal mask: a position attends to
       its own block and to earlier ones. 1 is causal attention.
+    first: int32[B], which of the keys' columns the first one of this pass is, for `block_length`;
+      None: the first.
   """
 
   segment_ids: SegmentIds | None = None
   key_segment_ids: SegmentIds | None = None
+  first: jax.Array | None = None
   block_length: int | None = struct.field(pytree_node=False, default=None)
 
   def valid(self) -> BoolPerToken | None:
     """bool[B, L], False on padding; None where there is none."""
     return None if self.segment_ids is None else self.segment_ids > 0
+
+  def asked_by(self, wanted: Columns) -> AttentionMask:
+    """The same where only these columns of the pass ask."""
+    ids, keys = self.segment_ids, self.key_segment_ids
+    first = wanted.start if self.first is None else self.first + wanted.start
+    return AttentionMask(
+      segment_ids=None if ids is None else wanted.take(ids),
+      key_segment_ids=ids if keys is None else keys,
+      first=None if self.block_length is None else first,
+      block_length=self.block_length,
+    )
 
 
 def full() -> AttentionMask:
@@ -95,22 +109,28 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: AttentionMa
       "keys from memory are not split over a context axis; decode on a mesh with context=1"
     )
 
-  def local(query, key, value, *segment_ids):
+  more = {
+    "segment_ids": (mask.segment_ids, of_ids),
+    "key_segment_ids": (mask.key_segment_ids, of_keys_ids),
+    "query_offset": (mask.first, joined(*of_query[:1])),
+  }
+  more = {name: pair for name, pair in more.items() if pair[0] is not None}
+
+  def local(query, key, value, *rest):
+    rest = dict(zip(more, rest, strict=True))
     if context:
       query, key, value = _heads_for_length(context, query, key, value)
-      segment_ids = [jax.lax.all_gather(ids, context, axis=1, tiled=True) for ids in segment_ids]
-    ids = dict(zip(("segment_ids", "key_segment_ids"), segment_ids, strict=False))
-    out = attention(query, key, value, **ids, block_length=mask.block_length)
+      rest = {
+        name: jax.lax.all_gather(ids, context, axis=1, tiled=True) for name, ids in rest.items()
+      }
+    out = attention(query, key, value, **rest, block_length=mask.block_length)
     if context:
       out = jax.lax.all_to_all(out, context, split_axis=1, concat_axis=2, tiled=True)
     return out
 
-  args, specs = (query, key, value), (of_query, of_key, of_key)
-  if mask.segment_ids is not None:
-    args, specs = (*args, mask.segment_ids), (*specs, of_ids)
-  if mask.key_segment_ids is not None:
-    args, specs = (*args, mask.key_segment_ids), (*specs, of_keys_ids)
-  return on_devices(local, specs, of_query, *args)
+  args, specs = zip(*more.values(), strict=True) if more else ((), ())
+  specs = (of_query, of_key, of_key, *specs)
+  return on_devices(local, specs, of_query, query, key, value, *args)
 
 
 def _heads_for_length(axis: str, query, key, value):
@@ -134,8 +154,9 @@ def _heads_for_length(axis: str, query, key, value):
 class Attention(nn.Module):
   """Multi-head attention with per-head QK-norm before rotary, as LLaDA-MoE has it.
 
-  `rotary`: cos and sin of `rotary_tables`. With a `place` the keys and values of these columns are
-  returned too, and with `memory` those of the other columns are read from there.
+  `rotary`: cos and sin of `rotary_tables`. With a `place` keys and values are returned too: of these
+  columns, or with `memory`, where those of the other columns are read, of all of them. With `wanted`
+  only these columns ask, and the result is [B, W, D]; all of them are still looked at.
   """
 
   config: ModelConfig
@@ -148,6 +169,7 @@ class Attention(nn.Module):
     mask: AttentionMask,
     memory: KeyValues | None = None,
     place: Place | None = None,
+    wanted: Columns | None = None,
   ) -> tuple[jax.Array, KeyValues | None]:
     config = self.config
     N, K, H = config.num_attention_heads, config.kv_heads, config.head_size
@@ -156,20 +178,22 @@ class Attention(nn.Module):
       "param_dtype": dtype_of(config.param_dtype),
     }
 
-    def project(name, heads, axis):
+    def project(name, x, heads, axis):
       axes = ("embed", axis, "head_dim")
       return Projection((heads, H), axes, use_bias=config.attention_bias, name=name, **shared)(x)
 
-    query = project("query", N, "heads")  # [B, L, N, H]
-    key = project("key", K, "kv_heads")  # [B, L, K, H]
-    value = project("value", K, "kv_heads")
+    asking, turn = (x, rotary) if wanted is None else (wanted.take(x), map(wanted.take, rotary))
+    query = project("query", asking, N, "heads")  # [B, L, N, H]
+    key = project("key", x, K, "kv_heads")  # [B, L, K, H]
+    value = project("value", x, K, "kv_heads")
     if config.qk_norm:
       norm = functools.partial(RMSNorm, config.rms_norm_eps, ("batch", "length", "heads", None))
       query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
-    own = read = KeyValues(rotate(key, *rotary), value)
+    kept = KeyValues(rotate(key, *rotary), value)
     if memory is not None:
-      read, own = insert(memory, own, place)
-    out = attend(rotate(query, *rotary), read.key, read.value, mask)
+      kept = insert(memory, kept, place)
+    mask = mask if wanted is None else mask.asked_by(wanted)
+    out = attend(rotate(query, *turn), kept.key, kept.value, mask)
     axes = ("heads", "head_dim", "embed")
     out = Projection((x.shape[-1],), axes, inputs=2, name="out", **shared)(out)
-    return out, None if place is None else own
+    return out, None if place is None else kept

@@ -27,10 +27,15 @@ class KeyValues:
 
 @struct.dataclass
 class Memory:
-  """Of all layers; None for a stack that the model does not have."""
+  """Of all layers; None for layers that the model does not have.
 
-  dense_layers: KeyValues | None
-  layers: KeyValues | None
+  Attributes:
+    dense_layers, layers: one stack, or where the model's layers are not stacked a tuple of as many.
+      Apart, each is updated in place; a stack is copied layer by layer, as its weights are.
+  """
+
+  dense_layers: KeyValues | tuple[KeyValues, ...] | None
+  layers: KeyValues | tuple[KeyValues, ...] | None
 
 
 @struct.dataclass
@@ -41,11 +46,29 @@ class Place:
     start: int32[B], the first column of each row; None for a pass over all of them.
     first, end: int32[B] or None: of the columns of the pass, those in [first, end) replace what is
       in memory; the others are computed against it and leave it as it is. None: all of them.
+    rows: bool[B] or None: the rows whose memory changes; None: all of them.
   """
 
   start: jax.Array | None = None
   first: jax.Array | None = None
   end: jax.Array | None = None
+  rows: jax.Array | None = None
+
+
+@struct.dataclass
+class Columns:
+  """Columns of [B, L, ...]: in each row r, `size` of them from start_r on.
+
+  Attributes:
+    start: int32[B].
+    size: W.
+  """
+
+  start: jax.Array
+  size: int = struct.field(pytree_node=False)
+
+  def take(self, x: jax.Array) -> jax.Array:
+    return take_columns(x, self.start, self.size)
 
 
 def take_columns(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
@@ -66,38 +89,29 @@ def put_columns(x: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
   return jax.vmap(of_row)(x, new.astype(x.dtype), start)
 
 
-def insert(memory: KeyValues, new: KeyValues, place: Place) -> tuple[KeyValues, KeyValues]:
-  """What a layer attends to, its memory with the columns of this pass in it; and these columns."""
-
-  def merge(old, fresh):
-    if place.first is None:
-      return fresh
-    size = fresh.shape[1]
-    columns = place.start[:, None] + jnp.arange(size)
-    inside = (columns >= place.first[:, None]) & (columns < place.end[:, None])
-    return jnp.where(inside[..., None, None], fresh, take_columns(old, place.start, size))
-
-  new = jax.tree.map(merge, memory, new)
-  return jax.tree.map(lambda old, own: put_columns(old, own, place.start), memory, new), new
-
-
-def remember(
-  memory: Memory, new: Memory, start: jax.Array, rows: jax.Array | None = None
-) -> Memory:
-  """Memory with the columns of a pass in it, of all layers.
-
-  Args:
-    memory: [n, B, S, K, H].
-    new: [n, B, W, K, H].
-    start: int32[B].
-    rows: bool[B], the rows to change; None for all.
-  """
+def insert(memory: KeyValues, new: KeyValues, place: Place) -> KeyValues:
+  """A layer's memory [B, S, K, H] with the columns of this pass [B, L, K, H] in it."""
 
   def put(old, fresh):
-    if rows is not None:
-      size = fresh.shape[2]
-      before = jax.vmap(lambda layer: take_columns(layer, start, size))(old)
-      fresh = jnp.where(rows[:, None, None, None], fresh, before)
-    return jax.vmap(lambda layer, columns: put_columns(layer, columns, start))(old, fresh)
+    size = fresh.shape[1]
+    changes = jnp.ones((fresh.shape[0], size), bool) if place.rows is None else place.rows[:, None]
+    if place.first is not None:
+      columns = place.start[:, None] + jnp.arange(size)
+      inside = (columns >= place.first[:, None]) & (columns < place.end[:, None])
+      changes = changes & inside
+    if place.rows is not None or place.first is not None:
+      before = take_columns(old, place.start, size)
+      fresh = jnp.where(changes[..., None, None], fresh, before)
+    return put_columns(old, fresh, place.start)
 
   return jax.tree.map(put, memory, new)
+
+
+def select_rows(rows: jax.Array, yes: Memory, no: Memory) -> Memory:
+  """The memory `yes` in the rows where bool[B] says so, `no` in the others."""
+
+  def select(a, b):
+    lead = (1,) * (a.ndim - 4)  # of a stack
+    return jnp.where(rows.reshape(*lead, -1, 1, 1, 1), a, b)
+
+  return jax.tree.map(select, yes, no)

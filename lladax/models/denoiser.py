@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lladax.models.attention import AttentionMask, segments
-from lladax.models.cache import KeyValues, Memory, Place, remember, take_columns
-from lladax.models.config import ModelConfig, dtype_of
+from lladax.models.cache import KeyValues, Memory, Place, take_columns
+from lladax.models.config import ModelConfig
 from lladax.models.transformer import Transformer
 from lladax.sharding import constrain
 from lladax.types import Logits, Positions, SegmentIds, Tokens
@@ -102,30 +102,29 @@ class Denoiser:
       start: int32[B], the first of the columns; start + size is at most S.
       refresh: int32[B] each, [first, end): of the columns of the pass, those whose memory changes;
         None: all.
-      rows: bool[B] or None: the rows whose memory changes.
+      rows: bool[B] or None: the rows that are read. Of the others the logits mean nothing, and the
+        memory stays what it is.
       The rest as for `read`.
 
     Returns:
       float32 logits [B, W, V] and the memory with the new columns.
     """
-    own_segments = take_columns(segment_ids, start, size)
-    keys = segment_ids
-    columns = jnp.arange(segment_ids.shape[1])
-    if self.block_length is not None:
-      # Later blocks are not seen. The window is one block.
-      keys = jnp.where(columns < (start + size)[:, None], segment_ids, 0)
-    logits, new = self._read(
+    return self._read(
       params,
       take_columns(tokens, start, size),
       positions=take_columns(positions, start, size),
-      mask=AttentionMask(segment_ids=own_segments, key_segment_ids=keys),
+      mask=AttentionMask(
+        segment_ids=take_columns(segment_ids, start, size),
+        key_segment_ids=segment_ids,
+        first=start,
+        block_length=self.block_length,
+      ),  # fmt: skip
       at=at - start,
       width=width,
       soft=None if soft is None else take_columns(soft, start, size),
       memory=memory,
-      place=Place(start, *(refresh or ())),
+      place=Place(start, *(refresh or (None, None)), rows),
     )
-    return logits, remember(memory, new, start, rows)
 
   def empty_memory(self, rows: int, length: int) -> Memory:
     """Room for the keys and values of a canvas [B, S]; on a mesh by rows and heads.
@@ -144,11 +143,14 @@ class Denoiser:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _empty_memory(config: ModelConfig, rows: int, length: int) -> Memory:
-  def stack(layers: int) -> KeyValues | None:
-    if not layers:
-      return None
-    shape = (layers, rows, length, config.kv_heads, config.head_size)
-    zeros = jnp.zeros(shape, dtype_of(config.dtype))
-    return KeyValues(*(constrain(zeros, None, "batch", None, "heads", None) for _ in range(2)))
+  def empty(*lead):
+    zeros = jnp.zeros((*lead, rows, length, config.kv_heads, config.head_size), config.dtype)
+    axes = *[None] * len(lead), "batch", None, "heads", None
+    return KeyValues(*(constrain(zeros, *axes) for _ in range(2)))
 
-  return Memory(stack(config.num_dense_layers), stack(config.num_routed_layers))
+  def of_layers(count: int):
+    if not count:
+      return None
+    return empty(count) if config.stacked else tuple(empty() for _ in range(count))
+
+  return Memory(of_layers(config.num_dense_layers), of_layers(config.num_routed_layers))

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from lladax.models.attention import Attention, AttentionMask, full, segments
-from lladax.models.cache import KeyValues, Memory, Place, take_columns
+from lladax.models.cache import Columns, KeyValues, Memory, Place, take_columns
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.head import weighted_nll_on_mesh
 from lladax.models.layers import Embedding, RMSNorm, SwiGLU, project, rotary_tables
 from lladax.moe.layer import MoELayer
 from lladax.moe.router import RouterStats
-from lladax.sharding import constrain
+from lladax.sharding import constrain, spec
 from lladax.types import Logits, PerToken, Positions, RowGroups, Scalar, TokenNll, Tokens
 
 _keep = jax.checkpoint_policies.save_only_these_names
@@ -38,8 +38,8 @@ REMAT |= {"full": REMAT["keep_nothing"], "dots": REMAT["keep_dots"]}
 class Layer(nn.Module):
   """x + attention(norm x), then x + ffn(norm x).
 
-  Returns x, and as a pair the RouterStats where routed and the keys and values where they are asked
-  for by a `place`.
+  Returns x, of the `wanted` columns alone if given, and as a pair the RouterStats where routed and the
+  keys and values where they are asked for by a `place`.
   """
 
   config: ModelConfig
@@ -54,6 +54,7 @@ class Layer(nn.Module):
     mask: AttentionMask,
     groups: RowGroups | None,
     place: Place | None,
+    wanted: Columns | None = None,
   ):
     config = self.config
     shared = {
@@ -62,7 +63,9 @@ class Layer(nn.Module):
     }
     norm = functools.partial(RMSNorm, config.rms_norm_eps)
     y = norm(name="attention_norm")(x)
-    y, kept = Attention(config, name="attention")(y, rotary, mask, memory, place)
+    y, kept = Attention(config, name="attention")(y, rotary, mask, memory, place, wanted)
+    if wanted is not None:
+      x, mask = wanted.take(x), mask.asked_by(wanted)
     x = x + y
     x = constrain(x, "batch", "length", "activation")  # [B, L, D]
     y = norm(name="ffn_norm")(x)
@@ -78,20 +81,26 @@ class Layer(nn.Module):
 
 
 class Unstacked(nn.Module):
-  """The layers one by one, each with parameters of its own; called as a scanned `Layer` is."""
+  """The layers one by one, each with parameters of its own; called as a scanned `Layer` is.
+
+  Of the last one only the `wanted` columns are computed.
+  """
 
   config: ModelConfig
   routed: bool
   length: int
 
   @nn.compact
-  def __call__(self, x: jax.Array, memory: KeyValues | None, *rest):
-    results = []
+  def __call__(self, x: jax.Array, memory: tuple | None, *rest, wanted: Columns | None = None):
+    stats, kept = [], []
     for n in range(self.length):
-      own = jax.tree.map(lambda stack, n=n: stack[n], memory)
-      x, result = Layer(self.config, self.routed, name=f"layer_{n}")(x, own, *rest)
-      results.append(result)
-    return x, jax.tree.map(lambda *each: jnp.stack(each), *results)
+      own = None if memory is None else memory[n]
+      of_last = wanted if n == self.length - 1 else None
+      layer = Layer(self.config, self.routed, name=f"layer_{n}")
+      x, (of_layer, kept_of_layer) = layer(x, own, *rest, of_last)
+      stats.append(of_layer)
+      kept.append(kept_of_layer)
+    return x, (jax.tree.map(lambda *each: jnp.stack(each), *stats), tuple(kept))
 
 
 class Transformer(nn.Module):
@@ -189,8 +198,10 @@ class Transformer(nn.Module):
     soft: jax.Array | None = None,
     memory: Memory | None = None,
     place: Place | None = None,
+    wanted: Columns | None = None,
   ) -> tuple[jax.Array, RouterStats | None, Memory | None]:
-    """As `hidden`; `soft` [B, L, D] is added to the embedding; the keys and values of a `place`."""
+    """As `hidden`, of the `wanted` columns; `soft` [B, L, D] is added to the embedding; the keys and
+    values of a `place`."""
     config = self.config
     mask = full() if mask is None else mask
     if config.causal:
@@ -205,10 +216,19 @@ class Transformer(nn.Module):
     rotary = rotary_tables(positions, config.rotary_size, config.rope_theta, x.dtype)
     memory = Memory(None, None) if memory is None else memory
     stats = kept = dense_kept = None
+    last = {}
+    if wanted is not None:
+      positions = wanted.take(positions)
+      if _may_leave_out(config, x):
+        last = {"wanted": wanted}
     if config.num_dense_layers:
-      x, (_, dense_kept) = self.dense_layers(x, memory.dense_layers, rotary, mask, None, place)
+      more = {} if config.num_routed_layers else last
+      args = memory.dense_layers, rotary, mask, None, place
+      x, (_, dense_kept) = self.dense_layers(x, *args, **more)
     if config.num_routed_layers:
-      x, (stats, kept) = self.layers(x, memory.layers, rotary, mask, groups, place)
+      x, (stats, kept) = self.layers(x, memory.layers, rotary, mask, groups, place, **last)
+    if wanted is not None and not last:
+      x = wanted.take(x)
     x = self.final_norm(x)
     if config.shift:
       before = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
@@ -244,11 +264,16 @@ class Transformer(nn.Module):
     """
     if self.config.causal:
       raise ValueError("a causal model predicts from what is before; it cannot denoise a canvas")
+    # A column's logits may be those of the hidden state before it.
+    shift = int(self.config.shift)
+    start = jnp.maximum(at - shift, 0)
+    wanted = Columns(start, min(width + shift, tokens.shape[1]))
     hidden, _, kept = self._hidden(
-      tokens, positions=positions, mask=mask, soft=soft, memory=memory, place=place
+      tokens, positions=positions, mask=mask, soft=soft, memory=memory, place=place, wanted=wanted
     )
     kernel, axes = self._head()
-    return project(take_columns(hidden, at, width), kernel, axes, dtype=jnp.float32), kept
+    hidden = take_columns(hidden, at - start, width)
+    return project(hidden, kernel, axes, dtype=jnp.float32), kept
 
   def embed_softly(self, probabilities: jax.Array) -> jax.Array:
     """float32[B, W, V] -> [B, W, D]: the mean embedding under distributions over tokens."""
@@ -260,6 +285,11 @@ class Transformer(nn.Module):
     if self.config.tie_word_embeddings:
       return self.embed.embedding.T, Embedding.AXES[::-1]
     return self.lm_head(), _Head.AXES
+
+
+def _may_leave_out(config: ModelConfig, x: jax.Array) -> bool:
+  """Whether the last layer can compute some columns of x [B, L, D] only."""
+  return not config.stacked and spec(x.shape[:2], "batch", "length")[1] is None
 
 
 class _Head(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 
+from lladax.infer.earlier import earlier_texts
 from lladax.infer.engine import Update
 from lladax.infer.text_stream import AnswerStream, Decode, TextStream
 
@@ -34,7 +35,9 @@ class Answer:
     finish_reason: as in `Delta`.
     frames: of all blocks so far as one: "first" (the block's first token, counted from the answer's
       start), "tokens", "texts" (put together, the text with its stop string), "revealed_at" (the
-      iteration of the row that wrote it), "confidence", "nfe".
+      iteration of the row that wrote it), "confidence", "nfe"; and "earlier", what tokens read before
+      they gave way to others, by iteration: each with its "place" among these tokens, its "text"
+      (null: masked again), "at" (the iteration) and "confidence".
   """
 
   def __init__(
@@ -51,6 +54,7 @@ class Answer:
     self.finish_reason: str | None = None
     self.frames = _no_frames(0)
     self._first, self._length, self._seen = first, length, 0
+    self._decode = decode
     self._answer = AnswerStream(decode, eos_ids=eos_ids, stop=stop)
     self._pieces = TextStream(decode)
 
@@ -96,14 +100,19 @@ class Answer:
       "texts": texts,
       "revealed_at": update.revealed_at[block][: len(ids)],
       "confidence": [round(c, 4) for c in update.confidence[block][: len(ids)]],
+      "earlier": [
+        one.to_tree()
+        for one in earlier_texts(update.earlier, self._decode, skip=block.start, count=len(ids))
+      ],
       "nfe": update.nfe,
     }
     for name in ("tokens", "texts", "revealed_at", "confidence"):
       self.frames[name] += new[name]
+    self.frames["earlier"] += [{**one, "place": one["place"] + known} for one in new["earlier"]]
     self.frames["nfe"] = update.nfe
     return new
 
 
 def _no_frames(first: int) -> dict:
-  empty = {name: [] for name in ("tokens", "texts", "revealed_at", "confidence")}
+  empty = {name: [] for name in ("tokens", "texts", "revealed_at", "confidence", "earlier")}
   return {"first": first, **empty, "nfe": 0}

@@ -12,6 +12,7 @@ from lladax.chat import Answer, Conversation, Session, talk
 from lladax.data import Bytes, train_bpe
 from lladax.hub import BUILT_IN, Chat
 from lladax.infer import SamplerConfig
+from lladax.infer.earlier import Earlier
 from lladax.infer.engine import Engine, Update
 from lladax.infer.view import MASK_GLYPH
 from lladax.models import tiny
@@ -199,6 +200,26 @@ def test_an_answer_ends_where_its_text_ends():
     "abc", True, "3 tokens, 2 passes, 1.50 tokens per pass, 3.0 tokens/s"
   )  # fmt: skip
   assert answer.screen(2).renderables[0].plain == "abc"
+
+
+def test_what_was_there_before_is_shown_and_kept():
+  answer = Answer(Bytes().decode, (256,), 4)
+  block = {"ticket": 0, "nfe": 3, "confidence": [0.5] * 4, "revealed_at": [-1, 2, 0, 1]}
+  before = [
+    Earlier(place=1, at=0, token=120, confidence=0.25),
+    Earlier(place=1, at=1, token=None, confidence=0.0),
+    Earlier(place=3, at=0, token=121, confidence=0.5),  # after the end of the text
+  ]
+  answer.take(Update(first=-1, tokens=[1, 97, 98, 256], done=True, earlier=before, **block), 0.5)
+  screens = [answer.screen(number).renderables for number in range(4)]
+  assert [canvas.plain for canvas, _ in screens] == [
+    2 * MASK_GLYPH, "xb", MASK_GLYPH + "b", "ab"
+  ]  # fmt: skip
+  assert [facts.plain.split(", ")[-1] for _, facts in screens] == [
+    "2 masked", "0 masked", "1 masked", "0 masked"
+  ]  # fmt: skip
+  replay = answer.replay("")
+  assert [(one.place, one.text) for one in replay.earlier] == [(0, "x"), (0, None)]
 
 
 def test_a_system_message_is_one(chat_model):

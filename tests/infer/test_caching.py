@@ -13,19 +13,23 @@ from lladax.infer import (
   Credit,
   DualCache,
   EditTokens,
+  Engine,
   Entropy,
   Hierarchical,
   NoCache,
   PrefixCache,
   RemaskLow,
+  Request,
   SamplerConfig,
   Smoothing,
   Threshold,
   Vicinity,
   generate,
+  infill,
 )
 from lladax.infer.caching import Cache
-from lladax.models import Denoiser, init_params, tiny
+from lladax.infer.earlier import earlier_texts, shown
+from lladax.models import Denoiser, for_inference, init_params, tiny
 
 MASK, EOS, PAD = 30, 31, 31
 CONFIG = dataclasses.replace(
@@ -76,62 +80,120 @@ def test_refreshed_in_every_step_is_no_cache(cache):
   np.testing.assert_allclose(cached.confidence, plain.confidence, atol=1e-5)
 
 
-@pytest.mark.parametrize("shift", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift):
-  config = dataclasses.replace(CONFIG, shift=shift)
+@pytest.mark.parametrize(
+  "shift, apart",
+  [(True, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in
+                   [(False, True), (True, False), (False, False)])],
+)  # fmt: skip
+def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift, apart):
+  """Of layers that are `apart` the last one computes no more columns than are asked for."""
+  config, params = dataclasses.replace(CONFIG, shift=shift), weights()
   network = Denoiser(config)
-  tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 30)
-  segments = jnp.ones((2, 24), jnp.int32).at[1, 20:].set(0)
-  positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
-  at, canvas = jnp.array([4, 11]), (tokens, positions, segments)
+  tokens = jax.random.randint(jax.random.key(0), (3, 24), 0, 30)
+  segments = jnp.ones((3, 24), jnp.int32).at[1, 20:].set(0)
+  positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
+  at, canvas = jnp.array([4, 11, 0]), (tokens, positions, segments)
+  everywhere = jax.jit(network)(weights(), *canvas)
+  if apart:
+    config, params = for_inference(config, weights())
+    network = Denoiser(config)
   logits, memory = jax.jit(functools.partial(network.read, width=8, keep=True))(
-    weights(), *canvas, at=at
+    params, *canvas, at=at
   )
-  start = at - network.look_behind
+  start = jnp.maximum(at - network.look_behind, 0)
   window, kept = jax.jit(
-    functools.partial(network.read_window, width=8, size=8 + network.look_behind)
-  )(weights(), *canvas, at=at, memory=memory, start=start)
+    functools.partial(network.read_window, width=8, size=12 + network.look_behind)
+  )(params, *canvas, at=at, memory=memory, start=start)
   np.testing.assert_allclose(window, logits, atol=2e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), kept, memory)
-  everywhere = jax.jit(network)(weights(), tokens, positions, segments)
-  for row in range(2):
+  for row in range(3):
     np.testing.assert_allclose(logits[row], everywhere[row, at[row] : at[row] + 8], atol=2e-5)
   # Changed columns change what is kept of them, and of no others; rows that are left out keep all.
   changed = (jnp.where(tokens == 5, 6, 5), positions, segments)
   _, kept = jax.jit(functools.partial(network.read_window, width=8, size=8))(
-    weights(), *changed, at=at, memory=memory, start=at, refresh=(at + 2, at + 5),
-    rows=jnp.array([True, False]),
+    params, *changed, at=at, memory=memory, start=at, refresh=(at + 2, at + 5),
+    rows=jnp.array([True, False, False]),
   )  # fmt: skip
   for old, new in zip(jax.tree.leaves(memory), jax.tree.leaves(kept), strict=True):
-    differs = np.abs(np.asarray(old - new)).max((0, 3, 4)) > 0  # [B, S]
-    assert differs[0].nonzero()[0].tolist() == [6, 7, 8] and not differs[1].any()
+    differs = np.abs(np.asarray(old - new)).max((-2, -1)) > 0
+    differs = differs.reshape(-1, 3, 24).any(0)  # [B, S], of all layers
+    assert differs[0].nonzero()[0].tolist() == [6, 7, 8] and not differs[1:].any()
 
 
-def test_block_causal_cache_is_exact():
-  network = Denoiser(CONFIG, block_length=8)
-  config = dataclasses.replace(BASE, gen_length=24, steps=24, align_blocks=True)
-  plain = run(config, network=network)
-  cached = run(dataclasses.replace(config, cache=BlockCausal()), network=network)
+BY_BLOCKS = dataclasses.replace(BASE, gen_length=24, steps=24, align_blocks=True)
+EXACT = {
+  "plain": {},
+  "drawn": {"unmask": Threshold(0.3), "temperature": 0.7},
+  "ended": {"early_stop": True, "temperature": 20.0},
+  "guided": {"cfg_scale": 1.0},
+  "edited": {"unmask": Threshold(0.1), "edit": EditTokens(0.05, extra_steps=3)},
+  "smoothed": {"smoothing": Smoothing()},
+  "shifted": {},
+  "apart": {},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in EXACT])
+def test_block_causal_cache_is_exact(name):
+  network = Denoiser(dataclasses.replace(CONFIG, shift=name == "shifted"), block_length=8)
+  config = dataclasses.replace(BY_BLOCKS, **EXACT[name])
+  plain = run(config, network=network, seeds=4)
+  params = weights()
+  if name == "apart":
+    of_network, params = for_inference(CONFIG, weights())
+    network = Denoiser(of_network, block_length=8)
+  cached = dataclasses.replace(config, cache=BlockCausal())
+  cached = run(cached, network=network, params=params, seeds=4)
   assert texts(cached) == texts(plain)
   np.testing.assert_allclose(cached.confidence, plain.confidence, atol=1e-5)
-  # One pass more for each finished block that another follows.
-  blocks = [-(-(len(p) % 8 + 24) // 8) for p in PROMPTS]
-  np.testing.assert_array_equal(cached.nfe, plain.nfe + np.array(blocks) - 1)
+  np.testing.assert_array_equal(cached.nfe, plain.nfe)
+  for row in range(len(PROMPTS)):
+    np.testing.assert_array_equal(cached.frames(row), plain.frames(row))
+  if name == "ended":
+    assert cached.nfe.min() < 24
 
 
 @pytest.mark.slow
-def test_a_row_that_has_ended_is_not_read_again():
+def test_a_block_with_nothing_to_write_is_read_once():
+  network, full = Denoiser(CONFIG, block_length=8), list(range(8))
+  config = dataclasses.replace(BY_BLOCKS, unmask=Threshold(0.3, start=1.0, decay=0.1))
+  some = [1, 2, MASK, MASK, MASK, 3, 4, 5]
+  rows = [full + some + full + some, some + full + full + some + full, some + some + some + full]
+  options = {"mask_id": MASK, "eos_id": EOS, "pad_id": PAD, "block_length": 8}
+  plain = infill(network, weights(), rows, config, **options)
+  cached = infill(
+    network, weights(), rows, dataclasses.replace(config, cache=BlockCausal()), **options
+  )
+  assert texts(cached) == texts(plain)
+  # Between the first block that is written and the last of the row.
+  np.testing.assert_array_equal(cached.nfe, plain.nfe + np.array([1, 2, 0]))
+  np.testing.assert_array_equal(cached.revealed_at, plain.revealed_at)
+
+
+def test_rows_of_an_engine_begin_while_others_are_at_later_blocks():
   network = Denoiser(CONFIG, block_length=8)
   config = dataclasses.replace(
-    BASE, gen_length=32, steps=32, align_blocks=True, early_stop=True, temperature=3.0
+    BY_BLOCKS, unmask=Threshold(0.3), temperature=0.7, cache=BlockCausal()
   )
-  prompts = [list(range(8)), list(range(16)), [5] * 8]
-  plain = run(config, prompts, network=network, seeds=4)
-  cached = run(dataclasses.replace(config, cache=BlockCausal()), prompts, network=network, seeds=4)
-  assert texts(cached) == texts(plain)
-  blocks = plain.nfe // 8  # that were decoded
-  assert blocks.min() < 4
-  np.testing.assert_array_equal(cached.nfe, plain.nfe + blocks - 1)
+  engine = Engine(
+    network, weights(), config, slots=2, length=48, mask_id=MASK, eos_ids=EOS, pad_id=PAD
+  )
+  waiting = [
+    Request(ids=prompt, seed=9 + row, gen_length=length)
+    for row, (prompt, length) in enumerate(zip(PROMPTS, [9, 24, 16], strict=True))
+  ]
+  rows = [list(request.ids) for request in waiting]
+  passes, number = [0] * 3, 0
+  while waiting or engine.free < 2:
+    if waiting and engine.free:  # one at a time, so that nobody begins with somebody else
+      number = engine.add(waiting.pop(0))
+    for update in engine.step():
+      rows[update.ticket] += update.tokens[max(0, -update.first) :]
+      passes[update.ticket] = update.nfe
+  assert number == 2
+  plain = dataclasses.replace(config, cache=NoCache())
+  want = run(plain, network=network, seeds=9, gen_lengths=[9, 24, 16])
+  assert rows == texts(want) and passes == want.nfe.tolist()
 
 
 SAMPLERS = {
@@ -159,7 +221,6 @@ def test_a_row_is_decoded_as_if_it_were_alone(name):
   together = run(config, seeds=5, gen_lengths=lengths)
   assert not (together.row(0).count(MASK) or together.row(1).count(MASK))
   for row, prompt in enumerate(PROMPTS):
-    # On a canvas of another width, but for the longest; two widths are compiled.
     alone = run(config, [prompt], seeds=5 + row, gen_lengths=lengths[row : row + 1])
     assert alone.row(0) == together.row(row)
     assert together.row(row)[: len(prompt)] == prompt
@@ -237,3 +298,29 @@ def test_frames_show_what_was_written_and_taken_back(edit):
     for place in range(len(prompt), frames.shape[1]):
       assert (frames[when[place] + 1 :, place] == frames[-1, place]).all()
   assert changes > 0
+  for row, updates in enumerate(engine_updates(config)):
+    tokens, when, sure = ([] for _ in range(3))
+    earlier = []
+    for update in updates:
+      earlier += [dataclasses.replace(e, place=e.place + len(tokens)) for e in update.earlier]
+      tokens += update.tokens
+      when += update.revealed_at
+      sure += update.confidence
+    assert len(earlier) >= 1 and all((e.confidence > 0) == (e.token is not None) for e in earlier)
+    texts = earlier_texts(earlier, lambda ids: f"{ids[0]}")
+    for number, frame in enumerate(result.frames(row)[:, len(PROMPTS[row]) :]):
+      places = shown([f"{token}" for token in tokens], when, sure, number, texts)
+      assert [MASK if place is None else int(place.text) for place in places] == frame.tolist()
+
+
+def engine_updates(config):
+  """The updates of each prompt, in the shapes that `run` has compiled."""
+  ids = {"mask_id": MASK, "eos_ids": EOS, "pad_id": PAD}
+  engine = Engine(Denoiser(CONFIG), weights(), config, slots=3, length=32, **ids)
+  for prompt in PROMPTS:
+    engine.add(Request(ids=prompt))
+  updates = [[] for _ in PROMPTS]
+  while engine.free < 3:
+    for update in engine.step():
+      updates[update.ticket].append(update)
+  return updates

@@ -1,13 +1,14 @@
 """Decoding on a mesh gives the tokens of one device, cache included."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import pytest
 from test_caching import BASE, CONFIG, run
 
-from lladax.infer import DualCache, SamplerConfig, Threshold, Vicinity
+from lladax.infer import BlockCausal, DualCache, SamplerConfig, Threshold, Vicinity
 from lladax.models import Denoiser, for_inference, init_variables
 from lladax.moe import MoEConfig
 from lladax.sharding import MeshConfig, make_mesh, param_shardings, use_mesh
@@ -24,29 +25,32 @@ MESHES = [
 SAMPLER = dataclasses.replace(BASE, cache=DualCache(), unmask=Threshold(0.3))
 
 
-def on_one_device(config: SamplerConfig = SAMPLER):
+def on_one_device(config: SamplerConfig, network: Denoiser):
   params = jax.jit(_params)()
-  return params, run(config, network=Denoiser(MODEL), params=params)
+  return params, run(config, network=network, params=params)
 
 
 def _params():
   return nn.meta.unbox(init_variables(MODEL, jax.random.key(1))["params"])
 
 
+CACHES = (DualCache(), Vicinity(before=3, after=2, warmup=1), BlockCausal())
+
+
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("ready", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_tokens_are_those_of_one_device(mesh, ready):
-  config = SAMPLER
-  if not ready:
-    config = dataclasses.replace(SAMPLER, cache=Vicinity(before=3, after=2, warmup=1))
-  params, want = on_one_device(config)
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: type(cache).__name__)
+def test_tokens_are_those_of_one_device(mesh, cache):
+  ready, causal = cache == CACHES[0], cache == CACHES[2]
+  config = dataclasses.replace(SAMPLER, cache=cache, align_blocks=causal)
+  denoiser = functools.partial(Denoiser, block_length=config.block_length if causal else None)
+  params, want = on_one_device(config, denoiser(MODEL))
   with use_mesh(make_mesh(mesh)) as in_use:
     boxed = jax.eval_shape(lambda: init_variables(MODEL, jax.random.key(0))["params"])
     params = jax.device_put(params, param_shardings(in_use, boxed))
     model = MODEL
     if ready:
       model, params = for_inference(MODEL, params)
-    got = run(config, network=Denoiser(model), params=params)
+    got = run(config, network=denoiser(model), params=params)
   assert [got.row(r) for r in range(3)] == [want.row(r) for r in range(3)]
   assert got.nfe.tolist() == want.nfe.tolist()
 

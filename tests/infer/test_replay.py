@@ -1,5 +1,6 @@
 """Replays: a page that loads nothing and means what was written, and a GIF with every frame."""
 
+import dataclasses
 import html.parser
 import json
 
@@ -8,6 +9,7 @@ import pytest
 from finished import decode, result_of
 from PIL import Image
 
+from lladax.infer.earlier import EarlierText
 from lladax.infer.replay import Replay, replay_of, save_gif, save_html, to_html
 
 HARD = Replay(
@@ -16,6 +18,7 @@ HARD = Replay(
   confidence=[0.0, 0.91239, 0.5, 1.0],
   nfe=3,
   prompt="say </script><script>alert(1)",
+  earlier=[EarlierText(place=2, at=0, text="</script>", confidence=0.25)],
 )
 
 
@@ -89,6 +92,24 @@ def test_a_gif_has_a_frame_per_iteration_and_shows_what_was_written_then(tmp_pat
       top, left = line * height + height // 2, (column + 1) * width
       changed = (difference[top : top + height, left : left + width] > 40).any()
       assert changed == (first.revealed_at[token] in (number, number - 1))
+
+
+def test_a_gif_shows_what_was_there_before(tmp_path):
+  plain = Replay(texts=["a", "bcd"], revealed_at=[0, 2], confidence=[1, 1], nfe=3)
+  earlier = [
+    EarlierText(place=1, at=0, text="xy\nz" * 9, confidence=0.1),
+    EarlierText(place=1, at=1, text=None, confidence=0.0),
+  ]
+  pages = []
+  for number, replay in enumerate((plain, dataclasses.replace(plain, earlier=earlier))):
+    save_gif(tmp_path / f"{number}.gif", [replay])
+    with Image.open(tmp_path / f"{number}.gif") as gif:
+      pages.append([])
+      for frame in range(gif.n_frames):
+        gif.seek(frame)
+        pages[-1].append(np.asarray(gif.convert("RGB")))
+  same = [np.array_equal(*frames) for frames in zip(*pages, strict=True)]
+  assert same == [True, False, True, True]
 
 
 def test_bad_replays_are_errors(tmp_path):

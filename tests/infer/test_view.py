@@ -10,7 +10,9 @@ import pytest
 from finished import MASK, decode, result_of
 from rich.console import Console
 
+from lladax.infer.earlier import Shown, shown
 from lladax.infer.generate import Trail
+from lladax.infer.replay import replay_of
 from lladax.infer.view import (
   MASK_GLYPH,
   crystallising,
@@ -49,8 +51,8 @@ def test_one_glyph_per_mask_and_the_text_between_masks_intact(sample):
 
 
 def test_what_a_model_writes_gives_the_terminal_no_orders():
-  shown = crystallising(["\x1b[2J", "a\n", "\x9b1m"], [0, 0, 0], [1.0] * 3, 1).plain
-  assert shown == "\u241b[2Ja\n\ufffd1m"
+  places = [Shown(text, 0, 1.0) for text in ("\x1b[2J", "a\n", "\x9b1m")]
+  assert crystallising(places, 1).plain == "\u241b[2Ja\n\ufffd1m"
   result = result_of("\x1bc", [0, 0])
   assert list(styled_frames(result, decode))[-1].plain == "\u241bc"
 
@@ -78,13 +80,18 @@ def test_a_token_that_was_written_and_written_again_is_shown_as_it_was():
     column=np.array([2]),  # behind the padding
     iterations=np.array([3]),
     tokens=np.array([[[97, 98]], [[97, MASK]], [[97, 100]]]),
+    confidence=np.array([[[0.9, 0.2]], [[0.9, 0.0]], [[0.9, 0.8]]]),
   )
   result = dataclasses.replace(result, trail=(trail,))
-  shown = list(styled_frames(result, decode))
-  assert [text.plain for text in shown] == [2 * MASK_GLYPH, "ab", "a" + MASK_GLYPH, "ad"]
-  assert [text.plain for text in shown] == frames(result, decode)
-  styles = [{span.start: span.style for span in text.spans} for text in shown]
+  screens = list(styled_frames(result, decode))
+  assert [text.plain for text in screens] == [2 * MASK_GLYPH, "ab", "a" + MASK_GLYPH, "ad"]
+  assert [text.plain for text in screens] == frames(result, decode)
+  styles = [{span.start: span.style for span in text.spans} for text in screens]
   assert styles[1:] == [{0: "bold green"}, {0: "cyan", 1: "dim"}, {0: "cyan", 1: "bold green"}]
+  replay = replay_of(result, decode)
+  for number, text in enumerate(screens):
+    assert crystallising(replay.shown(number), number).plain == text.plain
+  assert replay.shown(1)[1] == Shown("b", 0, 0.2)
 
 
 def test_a_character_whose_bytes_come_one_by_one_is_shown_whole_in_the_end():
@@ -129,10 +136,10 @@ def test_confidence_goes_from_red_to_green():
 
 def test_a_canvas_crystallises():
   columns = (["a", "b", "", "é"], [-1, 0, 1, 2], [0.0, 1.0, 0.5, 0.0])
-  text = crystallising(*columns, 1)
+  text = crystallising(shown(*columns, 1), 1)
   assert text.plain == "ab" + 2 * MASK_GLYPH
   red, green, blue = shade(1.0)
   spans = [(span.start, span.end, span.style) for span in text.spans]
   assert spans == [(1, 2, f"bold rgb({red},{green},{blue})"), (2, 4, "dim")]
-  last = crystallising(*columns, 3)
+  last = crystallising(shown(*columns, 3), 3)
   assert last.plain == "abé" and "dim" not in {span.style for span in last.spans}

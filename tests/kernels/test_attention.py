@@ -27,7 +27,7 @@ class Case:
   heads: tuple[int, int] = (4, 2)
   packed: bool = False
   block_length: int | None = None
-  offset: int = 0
+  offset: int | tuple[int, ...] = 0  # or one for each row
 
   def operands(self, dtype=jnp.float32):
     """query, key, value and the gradient of the output."""
@@ -68,8 +68,9 @@ class Case:
     if ids is not None:
       mask &= ids[:, :, None] == key_ids[:, None]
     if self.block_length is not None:
-      block = (np.arange(self.queries) + self.offset) // self.block_length
-      mask &= block[:, None] >= np.arange(self.keys) // self.block_length
+      position = np.arange(self.queries) + np.reshape(self.offset, (-1, 1))  # [B or 1, L]
+      block = position // self.block_length
+      mask &= block[:, :, None] >= np.arange(self.keys) // self.block_length
     return mask
 
 
@@ -80,6 +81,7 @@ CASES = {
   "packed_block_causal": Case(packed=True, block_length=4, batch=6),
   "other_keys": Case(queries=7, keys=20, packed=True),
   "later_queries": Case(queries=7, keys=20, packed=True, block_length=4, offset=9),
+  "an_offset_per_row": Case(queries=8, keys=20, packed=True, block_length=4, offset=(0, 4, 9, 12)),
 }
 
 
@@ -124,7 +126,8 @@ def value_and_gradients(implementation, case, *operands, offset=None):
   with op.interpret() if implementation == "splash" else contextlib.nullcontext():
     if offset is not None:  # traced
       return jax.jit(run)(*operands, offset)
-    return jax.jit(lambda *args: run(*args, case.offset))(*operands)
+    offset = case.offset if isinstance(case.offset, int) else np.array(case.offset)
+    return jax.jit(lambda *args: run(*args, offset))(*operands)
 
 
 def assert_close(got, want, tolerance=1e-5):
@@ -157,7 +160,7 @@ def test_row_blocks_of_batches_that_do_not_fit_one(monkeypatch, scores):
 
 
 # Queries per chunk: 4 (dividing 12), and 8 (not dividing it).
-@pytest.mark.parametrize("case", ["packed_block_causal", "later_queries"])
+@pytest.mark.parametrize("case", ["packed_block_causal", "later_queries", "an_offset_per_row"])
 @pytest.mark.parametrize("size", [4, 8])
 def test_chunks_of_queries(monkeypatch, case, size):
   case = CASES[case]
@@ -241,6 +244,7 @@ def cudnn_by_xla(monkeypatch):
     (CASES["packed"], 4, ((4, 1, 12, 12), False)),
     (CASES["packed_block_causal"], 4, ((3, 1, 12, 12), False)),  # of 6 rows
     (dataclasses.replace(CASES["later_queries"], queries=8), 1, ((1, 1, 8, 20), False)),
+    (CASES["an_offset_per_row"], 2, ((2, 1, 8, 20), False)),
   ],
 )
 def test_what_cudnn_is_given(monkeypatch, cudnn_by_xla, case, rows, given):
@@ -288,6 +292,9 @@ def test_a_kernel_for_another_platform_is_an_error_when_lowered():
     jax.jit(lambda *args: attention(*args, implementation="splash")).lower(*args)
   with pytest.raises(ValueError, match="'splash' cannot run here: .*float16"):
     attention(*(x.astype(jnp.float16) for x in args), implementation="splash")
+  with pytest.raises(ValueError, match="'splash' cannot run here: .*offset per row"):
+    offsets = jnp.arange(4)
+    attention(*args, block_length=4, query_offset=offsets, implementation="splash")
 
 
 def test_a_cpu_is_given_row_blocks_and_chunks_where_those_are_too_large(monkeypatch):
@@ -363,6 +370,7 @@ def test_shapes_that_do_not_fit(query, key, value, segment_ids):
     ({"implementation": "flash"}, "'flash'.*row_blocks"),
     ({"block_length": 0}, "block_length of at least 1, got 0"),
     ({"query_offset": -1}, "query_offset of at least 0, got -1"),
+    ({"query_offset": jnp.zeros(3, jnp.int32)}, r"one for each of 4 rows, got \(3,\)"),
     ({"key_segment_ids": jnp.ones((4, 12), jnp.int32)}, "segment_ids of the queries"),
   ],
 )

@@ -16,6 +16,7 @@ from lladax.hub.load import shardings_of, tree_of
 from lladax.infer import SamplerConfig, generate
 from lladax.models import (
   Denoiser,
+  Memory,
   ModelConfig,
   for_inference,
   init_params,
@@ -87,9 +88,15 @@ def test_keys_and_values_of_layers_apart_are_those_of_the_stack():
     network = Denoiser(config)
     args = params, jnp.asarray(TOKENS), positions, ones
     _, memory = network.read(*args, at=at, width=3, keep=True)
-    return network.read_window(*args, at=at, width=3, memory=memory, start=at, size=4), memory
+    window = network.read_window(*args, at=at, width=3, memory=memory, start=at, size=4)
+    return *window, memory
 
-  got, want = both(changed, unstacked), both(MIXED, params_of(MIXED))
+  (logits, *got), (want_logits, *want) = both(changed, unstacked), both(MIXED, params_of(MIXED))
+  got = [
+    Memory(*(jax.tree.map(lambda *each: jnp.stack(each), *layers) for layers in pair))
+    for pair in ((memory.dense_layers, memory.layers) for memory in got)
+  ]
+  got, want = (logits, *got), (want_logits, *want)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, want)
 
 

@@ -1,10 +1,13 @@
 """Answers: blocks in, text and its end out."""
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 
 from lladax.data import Bytes
+from lladax.infer.earlier import Earlier
 from lladax.infer.engine import Update
 from lladax.serve import Answer
 
@@ -80,6 +83,21 @@ def test_a_block_that_holds_the_end_of_the_prompt_counts_from_the_answer():
   answer = Answer(decode, first=0, length=4, eos_ids=(EOS,))
   collect(answer, blocks(list(b"pqabcd"), width=4, first=-2))
   assert answer.text == "abcd" and answer.finish_reason == "length"
+
+
+def test_frames_tell_what_was_there_before():
+  answer = Answer(decode, first=0, length=3, eos_ids=(EOS,))
+  first, second = blocks(list(b"pabcd"), width=3, first=-1)
+  before = [Earlier(place=2, at=0, token=120, confidence=0.123456)]
+  one = answer.take(dataclasses.replace(first, earlier=before)).frames["earlier"]
+  before = [
+    Earlier(place=0, at=3, token=None, confidence=0.0),
+    Earlier(place=1, at=3, token=120, confidence=0.5),  # longer than asked for
+  ]
+  two = answer.take(dataclasses.replace(second, earlier=before)).frames["earlier"]
+  assert one == [{"place": 1, "at": 0, "text": "x", "confidence": 0.1235}]
+  assert two == [{"place": 0, "at": 3, "text": None, "confidence": 0.0}]
+  assert answer.frames["earlier"] == [*one, {**two[0], "place": 2}]
 
 
 def test_a_lost_block_is_an_error():

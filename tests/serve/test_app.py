@@ -299,15 +299,18 @@ def test_who_hangs_up_while_his_prompt_is_read_is_forgotten(paper_model):
     assert read.wait(20)
     return made(*args)
 
-  with Running(paper_model) as running:
-    made = running.served.requests
-    object.__setattr__(running.served, "requests", requests)
-    body = {"prompt": "a", "stream": True, "max_tokens": 64}
-    with pytest.raises(httpx.ReadTimeout):
-      httpx.post(f"{running.url}/v1/completions", json=body, timeout=0.3)
-    assert reading.is_set()
-    read.set()
-    until(lambda: running.metrics.value("cancelled_total") == 1)
+  with opened_later(threading.Semaphore(0)) as gate:
+    with Running(paper_model, engine={"gate": gate}) as running:
+      made = running.served.requests
+      object.__setattr__(running.served, "requests", requests)
+      body = {"prompt": "a", "stream": True, "max_tokens": 64}
+      with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{running.url}/v1/completions", json=body, timeout=0.3)
+      assert reading.wait(20)
+      read.set()
+      until(lambda: running.metrics.value("request_seconds_count", endpoint="/v1/completions") == 1)
+      gate.release(1)  # the block that may have been begun
+      until(lambda: running.metrics.value("cancelled_total") == 1)
 
 
 def test_a_failure_inside_is_a_plain_500(paper_model):

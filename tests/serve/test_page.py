@@ -10,6 +10,7 @@ from playwright.sync_api import sync_playwright
 from running import KEY, Running, opened_later, until
 from stand_in import written
 
+from lladax.infer.earlier import EarlierText
 from lladax.infer.engine import Request
 from lladax.infer.replay import Replay, save_html
 from lladax.serve import Ask
@@ -146,6 +147,7 @@ def test_a_replay_plays_without_a_network(browser, tmp_path):
     confidence=[0.1, 0.9, 0.0],
     nfe=2,
     prompt="</p>",
+    earlier=[EarlierText(place=0, at=0, text="<u>", confidence=0.5)],
   )
   save_html(tmp_path / "replay.html", [replay, replay])
   with opened(browser, f"file://{tmp_path}/replay.html") as page:
@@ -155,10 +157,12 @@ def test_a_replay_plays_without_a_network(browser, tmp_path):
     states = []
     for number in range(3):
       first.locator("input").fill(str(number))
-      states.append([span.get_attribute("class") for span in first.locator(".canvas span").all()])
+      spans = first.locator(".canvas span").all()
+      states.append([span.get_attribute("class") for span in spans])
+      assert spans[0].text_content() == ("<u>" if number == 1 else "<i>")
     assert states == [
       ["masked", "masked", "given"],
-      ["masked", "written fresh", "given"],
+      ["written fresh", "written fresh", "given"],
       ["written fresh", "written", "given"],
     ]
     assert "iteration 2 of 2, 0 masked; 2 tokens in 2 passes" in first.inner_text()

@@ -200,17 +200,13 @@ def write_folder(chosen: Setting):
   from safetensors.numpy import save_file
   from transformers import Qwen3MoeConfig
 
+  from lladax.hub.export import named_tensors
   from lladax.hub.names import Names, rows
   from lladax.hub.plan import named_leaves
 
   config, params, tokenizer = network(chosen)
-  leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(jax.device_get(params)).items()}
-  tensors = {}
-  for row in rows(Names(), config, ()):
-    for layer, expert, names in row.names():
-      lead = tuple(i for i in (layer, expert) if i is not None)
-      made = row.to_tensors([leaves[path][lead] for path in row.params])
-      tensors |= {n: np.ascontiguousarray(t) for n, t in zip(names, made, strict=True)}
+  named = named_tensors(rows(Names(), config, ()), named_leaves(jax.device_get(params)))
+  tensors = {name: np.ascontiguousarray(tensor) for name, tensor in named}
   save_file(tensors, os.path.join(chosen.folder, "model.safetensors"), metadata={"format": "pt"})
   Qwen3MoeConfig(
     vocab_size=config.vocab_size,

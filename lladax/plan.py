@@ -48,6 +48,7 @@ class Options:
   decode: bool = False
   rows: tuple[str, ...] = ("1", "8")
   prompt: int = 1024
+  weights: str | None = None
   table: bool = False
   json: str | None = None
   hlo: str | None = None
@@ -75,9 +76,10 @@ def define_flags():
   flags.DEFINE_integer("limit", None, "With --sweep: so many, the most promising first.")
   flags.DEFINE_bool("fit", False, "Double the microbatches until the step fits.")
   flags.DEFINE_float("tokens", None, "Budget of tokens, e.g. 20e12: say how many days it takes.")
-  flags.DEFINE_bool("decode", False, "Plan decoding: a pass over the whole row, a block's step.")
+  flags.DEFINE_bool("decode", False, "Plan decoding: a pass over the whole canvas, a block's step.")
   flags.DEFINE_list("rows", ["1", "8"], "With --decode: numbers of rows.")
   flags.DEFINE_integer("prompt", 1024, "With --decode: tokens of the prompt.")
+  flags.DEFINE_string("weights", None, "With --decode: the experts' weights as int8 or fp8.")
   flags.DEFINE_bool(
     "table",
     False,
@@ -182,14 +184,18 @@ def plan_decode(options: Options, config: Experiment, slice_: Slice) -> int:
     rows = tuple(int(row) for row in options.rows)
   except ValueError:
     raise ConfigError(f"--rows are whole numbers, e.g. 1,8; got {','.join(options.rows)}") from None
+  if options.exchange:
+    raise ConfigError("decoding has one exchange, Ring where the experts divide; leave --exchange")
   if options.mesh is None:
     # Few tokens: weights stay where they are, as far as heads divide.
     heads = math.gcd(config.model.kv_heads, slice_.devices)
     mesh = {"data": 1, "tensor": heads, "expert": slice_.devices // heads}
   else:
     mesh = mesh_sizes(options.mesh)
-  config = with_choice(config, options.exchange or "", mesh)
-  plans = decode.plan_decoding(config, slice_, batches=rows, prompt=options.prompt, report=say)
+  config = dataclasses.replace(config, mesh=MeshConfig(**mesh))
+  plans = decode.plan_decoding(
+    config, slice_, rows=rows, prompt=options.prompt, weights=options.weights, report=say
+  )
   print(decode.text(plans, config))
   write(options.json, json.dumps(decode.to_dict(plans), indent=1))
   return 0 if all(each.plan.memory.fits for each in plans) else 1

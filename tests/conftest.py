@@ -3,7 +3,6 @@
 JAX_PLATFORMS=cuda in the environment leaves the GPU to tests/kernels/test_on_gpu.py.
 """
 
-import dataclasses
 import gc
 import os
 import tempfile
@@ -45,28 +44,6 @@ def checked_values():
 @pytest.fixture(scope="session")
 def chatty(tmp_path_factory):
   """A folder of a small LLaDA-MoE with random weights and a tokenizer that has turns."""
-  import lladax
-  from lladax.data import train_bpe
-  from lladax.models import llada_moe_7b_a1b
-  from lladax.moe import MoEConfig
+  from small_models import save_chatty
 
-  tokenizer = train_bpe(["a man, a plan, a canal: panama " * 40], 280)
-  tokenizer.engine.add_special_tokens(["<role>", "</role>", "<|role_end|>"])
-  config = dataclasses.replace(
-    llada_moe_7b_a1b(),
-    vocab_size=304,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    head_dim=8,
-    moe=MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=8),
-    max_position_embeddings=128,
-    initializer_range=0.3,
-    dtype="float32",
-    mask_token_id=tokenizer.mask_id,
-    eos_token_id=tokenizer.eos_id,
-    pad_token_id=tokenizer.pad_id,
-  )
-  folder = tmp_path_factory.mktemp("chatty") / "model"
-  lladax.init(config, seed=3, tokenizer=tokenizer).save(folder)
-  return folder
+  return save_chatty(tmp_path_factory.mktemp("chatty") / "model")

@@ -147,3 +147,18 @@ def test_standard_input_is_a_prompt_and_stop_cuts_the_answer(chatty):
   assert row["prompt"] == "a man" and len(row["text"]) > 3
   cut = command(chatty, "--json", "--seed=7", f"--stop={row['text'][2:4]}", input="a man\n")
   assert json.loads(cut.stdout)["text"] == row["text"].partition(row["text"][2:4])[0]
+
+
+@pytest.mark.slow
+def test_messages_are_answered_on_a_mesh_as_on_one_device(chatty):
+  asked = [f"--chat={message}" for message in ("a plan", "a canal")]
+  done = command(chatty, "--json", "--mesh=expert=4", "--seed=7", *asked)
+  answers = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+  model = lladax.load(chatty, progress=False)
+  sampler = SamplerConfig(gen_length=8, steps=4, block_length=8, temperature=1.0)
+  assert answers == [
+    model.chat(message, sampler=sampler, seed=7 + row)
+    for row, message in enumerate(("a plan", "a canal"))
+  ]
+  both = command(chatty, "--json", *asked, "--prompt=a")
+  assert both.returncode and "give one of --prompt, --chat" in both.stderr + both.stdout

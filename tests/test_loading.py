@@ -1,23 +1,18 @@
 """`lladax.load`, `save` and `chat` on folders in the layout of Hugging Face, on one device and on 8."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import save_chatty
 
 import lladax
-from lladax.data import train_bpe
 from lladax.hub import import_to
 from lladax.infer import SamplerConfig
-from lladax.models import llada_moe_7b_a1b
-from lladax.moe import MoEConfig
 from lladax.sharding import MeshConfig
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -117,27 +112,7 @@ def test_saving_what_was_loaded_gives_the_same_weights(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
-  """A folder of a small LLaDA-MoE with random weights and a tokenizer that has turns."""
-  tokenizer = train_bpe(["a man, a plan, a canal: panama " * 40], 300)
-  special = ["<role>", "</role>", "<|role_end|>"]
-  tokenizer.engine.add_special_tokens(special)
-  config = dataclasses.replace(
-    llada_moe_7b_a1b(),
-    vocab_size=320,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    head_dim=16,
-    moe=MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=16),
-    initializer_range=0.3,
-    dtype="float32",
-    mask_token_id=tokenizer.mask_id,
-    eos_token_id=tokenizer.eos_id,
-    pad_token_id=tokenizer.pad_id,
-  )
-  folder = tmp_path_factory.mktemp("chatty") / "model"
-  lladax.init(config, seed=3, tokenizer=tokenizer).save(folder)
-  return folder
+  return save_chatty(tmp_path_factory.mktemp("chatty") / "model")
 
 
 def test_a_model_of_ours_is_saved_and_loaded_with_its_tokenizer(chatty):
@@ -166,20 +141,6 @@ def test_ids_without_a_token_stand_for_nothing(chatty):
   ids = model.tokenizer.encode("a plan")
   assert model.tokenizer.vocab_size < model.config.vocab_size - 1
   assert model.decode([*ids[:2], model.config.vocab_size - 1, *ids[2:]]) == "a plan"
-
-
-@pytest.mark.slow
-def test_the_command_answers_a_message(chatty):
-  flags = ["--set=gen_length=16", "--set=steps=8", "--set=block_length=16", "--mesh=expert=4"]
-  command = [sys.executable, "-m", "lladax.generate", f"--model={chatty}", "--json", *flags]
-  asked = [f"--chat={message}" for message in ("a plan", "a canal")]
-  done = subprocess.run([*command, *asked], capture_output=True, text=True, check=True)
-  answers = [json.loads(line)["text"] for line in done.stdout.splitlines()]
-  model = lladax.load(chatty, progress=False)
-  sampler = SamplerConfig(gen_length=16, steps=8, block_length=16)
-  assert answers == [model.chat("a plan", sampler=sampler), model.chat("a canal", sampler=sampler)]
-  both = subprocess.run([*command, *asked, "--prompt=a"], capture_output=True, text=True)
-  assert both.returncode and "give one of --prompt, --chat" in both.stderr + both.stdout
 
 
 def test_a_model_without_a_tokenizer_does_not_chat():

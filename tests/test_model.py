@@ -6,35 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import small_model
 
 import lladax
 from lladax.data import Bytes
 from lladax.infer import SamplerConfig
-from lladax.models import tiny
-from lladax.moe import MoEConfig
 
 SAMPLER = SamplerConfig(gen_length=8, steps=4, block_length=4, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
 def model():
-  text = Bytes()
-  config = tiny(
-    vocab_size=text.vocab_size,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    moe=MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=8),
-    max_position_embeddings=64,
-    # Far from uniform, so that answers differ.
-    initializer_range=0.3,
-    mask_token_id=text.mask_id,
-    eos_token_id=text.eos_id,
-    pad_token_id=text.pad_id,
-  )
-  model = lladax.init(config, seed=1, tokenizer=text)
-  model.sampler = SAMPLER
-  return model
+  return small_model(Bytes(), context=64, sampler=SAMPLER)
 
 
 def test_init_is_a_function_of_the_seed(model):

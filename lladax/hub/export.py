@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,17 +181,29 @@ def _write_tensors(
     files = {
       file: stack.enter_context(open(folder / file, "r+b", buffering=0)) for file in layout.files
     }
-    for row in rows:
-      at, slices = None, ()
-      for layer, expert, names in row.names():
-        if not slices or layer != at:
-          at, slices = layer, [_to_host(leaves[path], layer) for path in row.params]
-        visit = [x if expert is None else x[expert] for x in slices]
-        for name, tensor in zip(names, row.to_tensors(visit), strict=True):
-          place = layout.tensors[name]
-          file = files[place.file]
-          file.seek(place.start)
-          _write_all(file, _as_stored(tensor, DTYPES[place.dtype]))
+    for name, tensor in named_tensors(rows, leaves):
+      place = layout.tensors[name]
+      file = files[place.file]
+      file.seek(place.start)
+      _write_all(file, _as_stored(tensor, DTYPES[place.dtype]))
+
+
+def named_tensors(
+  rows: Sequence[Row], leaves: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Every tensor of the rows with its name there; one layer of a row is on the host at a time.
+
+  Args:
+    rows: of a `Family`, or of `lladax.hub.names`.
+    leaves: parameters by path (`named_leaves`).
+  """
+  for row in rows:
+    at, slices = None, ()
+    for layer, expert, names in row.names():
+      if not slices or layer != at:
+        at, slices = layer, [_to_host(leaves[path], layer) for path in row.params]
+      visit = [x if expert is None else x[expert] for x in slices]
+      yield from zip(names, row.to_tensors(visit), strict=True)
 
 
 def _to_host(param: Any, layer: int | None) -> np.ndarray:

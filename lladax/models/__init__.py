@@ -4,7 +4,7 @@ from lladax.models.attention import AttentionMask, block_causal, full, padding, 
 from lladax.models.cache import Memory
 from lladax.models.config import ModelConfig, ParameterCount, count_parameters
 from lladax.models.denoiser import Denoiser
-from lladax.models.inference import for_inference
+from lladax.models.inference import for_inference, inference_config
 from lladax.models.presets import (
   PROXIES,
   QWEN2_5,
@@ -45,6 +45,7 @@ __all__ = [
   "dream_7b",
   "for_inference",
   "full",
+  "inference_config",
   "init_params",
   "init_variables",
   "llada2_flash",

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from kernels_pallas.attention import attention
-from lladax.models.cache import Columns, KeyValues, Place, insert
+from lladax.models.cache import MEMORY_AXES, Columns, KeyValues, Place, insert
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.layers import Projection, RMSNorm, rotate
-from lladax.sharding import joined, on_devices, spec
+from lladax.sharding import constrain, joined, on_devices, spec
 from lladax.types import BoolPerToken, SegmentIds
 
 
@@ -190,6 +190,9 @@ class Attention(nn.Module):
       norm = functools.partial(RMSNorm, config.rms_norm_eps, ("batch", "length", "heads", None))
       query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
     kept = KeyValues(rotate(key, *rotary), value)
+    if place is not None:
+      # The few new columns are brought together, not the memory that they are put into.
+      kept = jax.tree.map(lambda x: constrain(x, *MEMORY_AXES), kept)
     if memory is not None:
       kept = insert(memory, kept, place)
     mask = mask if wanted is None else mask.asked_by(wanted)

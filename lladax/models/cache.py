@@ -12,6 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lladax.sharding import constrain
+
+# Logical names of the axes [B, S, K, H]: how the memory of a layer lies on a mesh.
+MEMORY_AXES = ("batch", None, "heads", None)
+
 
 @struct.dataclass
 class KeyValues:
@@ -102,7 +107,7 @@ def insert(memory: KeyValues, new: KeyValues, place: Place) -> KeyValues:
     if place.rows is not None or place.first is not None:
       before = take_columns(old, place.start, size)
       fresh = jnp.where(changes[..., None, None], fresh, before)
-    return put_columns(old, fresh, place.start)
+    return constrain(put_columns(old, fresh, place.start), *MEMORY_AXES)
 
   return jax.tree.map(put, memory, new)
 

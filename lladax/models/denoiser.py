@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lladax.models.attention import AttentionMask, segments
-from lladax.models.cache import KeyValues, Memory, Place, take_columns
+from lladax.models.cache import MEMORY_AXES, KeyValues, Memory, Place, take_columns
 from lladax.models.config import ModelConfig
 from lladax.models.transformer import Transformer
 from lladax.sharding import constrain
@@ -145,8 +145,8 @@ class Denoiser:
 def _empty_memory(config: ModelConfig, rows: int, length: int) -> Memory:
   def empty(*lead):
     zeros = jnp.zeros((*lead, rows, length, config.kv_heads, config.head_size), config.dtype)
-    axes = *[None] * len(lead), "batch", None, "heads", None
-    return KeyValues(*(constrain(zeros, *axes) for _ in range(2)))
+    axes = [None] * len(lead)
+    return KeyValues(*(constrain(zeros, *axes, *MEMORY_AXES) for _ in range(2)))
 
   def of_layers(count: int):
     if not count:

@@ -18,14 +18,7 @@ from lladax.sharding import mesh_in_use, param_shardings
 
 
 def for_inference(config: ModelConfig, params, *, weights: str | None = None):
-  """The same model for decoding -> (config, params).
-
-  - Layers are no longer stacked. A loop over stacked layers copies each layer's weights before it
-    multiplies by them, in every pass: three times the bytes that a step of few tokens has to move.
-  - Weights are in the dtype of computation, once and not in every pass. Router, norms and biases of
-    the router stay as they are.
-  - Few tokens are computed by `kernels_pallas.fused_moe`.
-  - On a mesh experts stay on their devices and tokens travel (`Ring`), where they divide.
+  """The same model for decoding, in the form of `inference_config` -> (config, params).
 
   Training such a model is an error: `fused_moe` has no derivative. On a mesh call it within
   `use_mesh`; parameters that lie otherwise are moved.
@@ -38,13 +31,26 @@ def for_inference(config: ModelConfig, params, *, weights: str | None = None):
   Raises:
     ValueError: for other weights, or where the model has no experts to quantise.
   """
+  changed = inference_config(config)
+  params = _placed(changed, _converted(changed, params))
+  return changed, quantize_params(params, changed, weights) if weights else params
+
+
+def inference_config(config: ModelConfig) -> ModelConfig:
+  """The config of the same model for decoding, on the mesh in use.
+
+  - Layers are no longer stacked. A loop over stacked layers copies each layer's weights before it
+    multiplies by them, in every pass: three times the bytes that a step of few tokens has to move.
+  - Weights are in the dtype of computation, once and not in every pass. Router, norms and biases of
+    the router stay as they are.
+  - Few tokens are computed by `kernels_pallas.fused_moe`.
+  - On a mesh experts stay on their devices and tokens travel (`Ring`), where they divide.
+  """
   changes = {"param_dtype": config.dtype, "stacked": False, "remat": "none"}
   if config.moe is not None:
     moe = dataclasses.replace(config.moe, implementation=INFERENCE)
     changes["moe"] = dataclasses.replace(moe, exchange=Ring()) if _experts_divide(moe) else moe
-  changed = dataclasses.replace(config, **changes)
-  params = _placed(changed, _converted(changed, params))
-  return changed, quantize_params(params, changed, weights) if weights else params
+  return dataclasses.replace(config, **changes)
 
 
 def _experts_divide(moe) -> bool:

@@ -42,9 +42,17 @@ class Cost:
   unknown_calls: dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """Of the cost that a kernel states, the share that is expected."""
+
+  flops: float = 1.0
+  hbm: float = 1.0
+
+
 # A scope's name -> (shapes of a kernel's operands) -> the share of its stated cost that is expected.
-# Kernels state the most that they may do; how much is live is data.
-Live = Mapping[str, Callable[[list[Shape]], float]]
+# Kernels state the most that they may do; how much is live is data. The first scope counts.
+Live = Mapping[str, Callable[[list[Shape]], Share]]
 
 
 def program_cost(module: Module, visits: list[Visit], live: Live | None = None) -> Cost:
@@ -52,15 +60,15 @@ def program_cost(module: Module, visits: list[Visit], live: Live | None = None) 
   for visit in visits:
     for instruction in visit.computation.instructions.values():
       count = instruction_flops(visit.computation, instruction)
-      times = visit.times * _share(visit.computation, instruction, live or {})
+      share = _share(visit.computation, instruction, live or {})
       if count is None:
         unknown[re.sub(r"[.\d]+$", "", instruction.name)] += visit.times
       elif count:
-        flops[instruction.op_name] += times * count
+        flops[instruction.op_name] += visit.times * share.flops * count
       if not visit.fused:
         moved = instruction_bytes(module, visit.computation, instruction)
         if moved:
-          traffic[instruction.op_name] += times * moved
+          traffic[instruction.op_name] += visit.times * share.hbm * moved
   return Cost(
     flops=sum(flops.values()),
     hbm_bytes=sum(traffic.values()),
@@ -70,13 +78,13 @@ def program_cost(module: Module, visits: list[Visit], live: Live | None = None) 
   )
 
 
-def _share(computation: Computation, instruction: Instruction, live: Live) -> float:
+def _share(computation: Computation, instruction: Instruction, live: Live) -> Share:
   if instruction.opcode != "custom-call":
-    return 1.0
+    return Share()
   for scope, share in live.items():
     if scope in instruction.op_name:
       return share(_shapes(computation, instruction))
-  return 1.0
+  return Share()
 
 
 # --- FLOPs ---
@@ -209,8 +217,9 @@ def instruction_bytes(module: Module, computation: Computation, instruction: Ins
   if opcode in FREE or opcode.endswith(("-done", "-update")):
     return 0.0
   if opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
-    moved, source = instruction.shapes[0], instruction.shapes[1]
-    return moved.bytes * ((moved.space == HBM) + (source.space == HBM))
+    # (there, here) of a copy, (here, there) of a slice.
+    ends = instruction.shapes[:2]
+    return min(end.bytes for end in ends) * sum(end.space == HBM for end in ends)
   if opcode.endswith("-start"):
     # A tuple of operands, results and semaphores; one of each pair is traffic in, one out.
     return _in_hbm(instruction.shapes)
@@ -239,7 +248,10 @@ def _call_bytes(instruction, operands) -> float:
   if target != "tpu_custom_call":
     return 0.0
   if estimate and int(estimate[1]):
-    return float(estimate[1])
+    # Stated for operands in HBM; what the compiler has brought to the chip before is counted there.
+    arrays = {operand.name: operand.shapes for operand in operands} | {"": instruction.shapes}
+    on_chip = sum(shape.bytes - _in_hbm([shape]) for shapes in arrays.values() for shape in shapes)
+    return max(float(estimate[1]) - on_chip, 0.0)
   return _in_hbm(instruction.shapes) + sum(_in_hbm(operand.shapes) for operand in operands)
 
 

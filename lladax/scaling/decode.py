@@ -1,160 +1,189 @@
-"""Planning of decoding: one pass over the whole row (prefill), and one step of a block.
+"""Planning of decoding: a pass over the whole canvas (prefill), and a step of one block of each row.
 
-A block's step computes the tokens of the block alone; keys and values of the rest are read from a
-cache. The block's program is compiled without the cache, whose memory and attention are added by
-arithmetic.
+Both are compiled as they run (`lladax.scaling.decode_steps`), and all but the floor is read off the
+compiled programs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 
+from lladax.config import ConfigError
 from lladax.experiment import Experiment
-from lladax.scaling import aot, flops, steps
+from lladax.infer import BlockCausal
+from lladax.scaling import aot, flops
+from lladax.scaling.active import needed_bytes
 from lladax.scaling.chips import GIB, Slice
-from lladax.scaling.memory import Memory, shard_bytes
-from lladax.scaling.plan import Plan, exchange_name, read_costs
+from lladax.scaling.decode_steps import Decoder, abstract_decoder, lower_block_step, lower_prefill
+from lladax.scaling.memory import shard_bytes
+from lladax.scaling.plan import Plan, exchange_name, memory_of, memory_refused, read_costs
 from lladax.scaling.report import mesh_text
+from lladax.scaling.report import to_dict as plan_to_dict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodePlan:
-  """One program of decoding.
+  """One program of decoding; numbers are per device.
 
   Attributes:
     name: "prefill" or "block step".
-    batch: rows.
-    width: positions computed in each row.
+    rows: of the canvas.
+    width: columns computed in each row.
     plan: of the compiled program; tokens are positions.
-    cache_bytes: keys and values of all rows, per device, that a step reads; 0 for prefill.
-    cache_flops: of attention to them, per device.
+    memory_bytes: keys and values, which prefill returns and a block's step reads and updates.
+    needed_bytes: what has to be moved between HBM and chip in any case.
   """
 
   name: str
-  batch: int
+  rows: int
   width: int
   plan: Plan
-  cache_bytes: float
-  cache_flops: float
+  memory_bytes: float
+  needed_bytes: float
 
   @property
-  def seconds(self) -> tuple[float, float]:
-    """All overlapped, and nothing overlapped."""
-    roof, chip = self.plan.roofline, self.plan.slice_.chip
-    hbm = roof.hbm + self.cache_bytes / chip.hbm_bandwidth
-    compute = roof.compute + self.cache_flops / chip.flops
-    return max(compute, hbm, roof.links), compute + hbm + roof.links
+  def floor(self) -> float:
+    """Seconds that the needed bytes take."""
+    return self.needed_bytes / self.plan.slice_.chip.hbm_bandwidth
+
+  @property
+  def seconds(self) -> tuple[float, float] | None:
+    """All overlapped, and nothing overlapped; None if it does not fit."""
+    roof = self.plan.roofline
+    return None if roof is None else (roof.overlapped, roof.serial)
 
 
 def plan_decoding(
-  config: Experiment, slice_: Slice, *, batches: tuple[int, ...], prompt: int, report=lambda t: None
+  config: Experiment,
+  slice_: Slice,
+  *,
+  rows: tuple[int, ...],
+  prompt: int,
+  weights: str | None = None,
+  report=lambda text: None,
 ) -> list[DecodePlan]:
-  """Prefill and block step for each number of rows, parameters in the compute dtype.
+  """Prefill and a block's step for each number of rows.
+
+  Args:
+    config: whose model decodes, by its sampler, on its mesh.
+    rows: numbers of them.
+    prompt: tokens before what is written.
+    weights: of the experts, "int8" or "fp8"; None: in the dtype of computation.
 
   Raises:
     ConfigError: for input that cannot be planned.
   """
-  model = dataclasses.replace(config.model, param_dtype=config.model.dtype, remat="none")
-  length = prompt + config.sampler.gen_length
-  devices, found = aot.devices(slice_), []
-  for batch in batches:
-    for name, width in (("prefill", length), ("block step", config.sampler.block_length)):
-      report(f"{name}, {batch} rows")
-      plan = _plan(config, model, slice_, devices, batch, width, config.sampler.block_length)
-      cached = 0 if name == "prefill" else length - width
-      # Keys and values are split over the devices that hold their heads or their rows.
-      split = plan.slice_.devices if batch % slice_.devices == 0 else plan.mesh_sizes["tensor"]
-      item, heads = 2, 2 * model.kv_heads * model.head_size * model.num_hidden_layers
-      scores = 4 * model.num_attention_heads * model.head_size * model.num_hidden_layers
-      found.append(
-        DecodePlan(
-          name=name,
-          batch=batch,
-          width=width,
-          plan=plan,
-          cache_bytes=batch * cached * heads * item / split,
-          cache_flops=batch * width * cached * scores / split,
-        )
-      )
+  sampler = config.sampler
+  if min(rows) < 1 or prompt < 0:
+    raise ConfigError(f"there is at least one row, and a prompt of at least 0 tokens; got {rows} "
+                      f"and {prompt}")  # fmt: skip
+  decoder = abstract_decoder(
+    config.model,
+    config.mesh,
+    slice_,
+    aot.devices(slice_),
+    width=sampler.block_length,
+    block_causal=isinstance(sampler.cache, BlockCausal),
+    weights=weights,
+  )
+  found = []
+  for number in rows:
+    for name in ("prefill", "block step"):
+      report(f"{name}, {number} rows")
+      found.append(_plan(decoder, slice_, name, number, prompt + sampler.gen_length))
   return found
 
 
-def _plan(config, model, slice_, devices, batch, length, width) -> Plan:
-  program = steps.lower_forward(
-    model, config.mesh, slice_, devices, batch=batch, length=length, width=width
-  )
-  parameters = shard_bytes(program.params)
-  useful = flops.token_flops(model, length, supervised=width / length).total * batch * length
+def _plan(decoder: Decoder, slice_: Slice, name: str, rows: int, length: int) -> DecodePlan:
+  lower = lower_prefill if name == "prefill" else lower_block_step
+  started = time.monotonic()
+  program = lower(decoder, rows=rows, length=length)
+  lowered = time.monotonic()
+  size = program.tokens // rows
+  model, parameters = decoder.model, shard_bytes(program.params)
+  memory_bytes = shard_bytes(decoder.memory(rows, length))
+  useful = flops.token_flops(model, size, supervised=decoder.width / size, keys=length).total
   shared = {
     "slice_": slice_,
     "mesh_sizes": program.mesh_sizes,
-    "exchange": exchange_name(config),
-    "useful_flops": useful / slice_.devices,
-    "tokens_per_step": batch * length,
+    "exchange": exchange_name(model),
+    "useful_flops": useful * program.tokens / slice_.devices,
+    "tokens_per_step": program.tokens,
   }
   try:
     compiled = aot.compile_lowered(program.lowered)
   except aot.DoesNotFit as error:
-    memory = Memory(
-      parameters=parameters, optimizer=0, batch=0, temporaries=error.needed - parameters, code=0,
-      peak=error.needed, needed=error.needed, available=error.available,
-    )  # fmt: skip
-    return Plan(memory=memory, **shared)
-  memory = Memory(
-    parameters=parameters,
-    optimizer=0,
-    batch=compiled.arguments - parameters,
-    temporaries=compiled.temporaries + compiled.outputs,
-    code=compiled.code,
-    peak=compiled.peak,
-    needed=compiled.held,
-    available=slice_.chip.hbm,
+    plan = Plan(memory=memory_refused(error, parameters), **shared)
+  else:
+    shared |= {
+      "lower_seconds": lowered - started,
+      "compile_seconds": time.monotonic() - lowered,
+    }
+    plan = Plan(memory=memory_of(compiled, slice_, parameters), **shared)
+    plan = read_costs(plan, compiled.text, program)
+  return DecodePlan(
+    name=name,
+    rows=rows,
+    width=size,
+    plan=plan,
+    memory_bytes=memory_bytes,
+    needed_bytes=needed_bytes(
+      program.params, memory_bytes, decoder.routed(rows, size), tied=model.tie_word_embeddings
+    ),
   )
-  return read_costs(Plan(memory=memory, **shared), compiled.text, program)
+
+
+HEADINGS = ("pass", "rows", "width", "GiB", "memory GiB", "floor ms", "HBM ms", "links ms",
+            "compute ms", "pass ms", "x floor", "passes/s")  # fmt: skip
+WIDTHS = (10, 4, 5, 6, 10, 8, 7, 8, 10, 14, 12, 12)
 
 
 def text(plans: list[DecodePlan], config: Experiment) -> str:
   """A table of passes, and what they are worth in tokens per second."""
-  first = plans[0].plan
+  first, sampler = plans[0].plan, config.sampler
   lines = [
     f"decoding on {first.slice_.name}: mesh {mesh_text(first.mesh_sizes)}, exchange "
-    f"{first.exchange}; blocks of {config.sampler.block_length}, "
-    f"{config.sampler.gen_length} tokens to write",
-    f"{'pass':11} {'rows':>5} {'width':>6} {'GiB':>7} {'cache':>7} {'HBM ms':>8} {'links ms':>9} "
-    f"{'compute ms':>11} {'pass ms':>15} {'passes/s':>14}",
-  ]
-  for each in plans:
-    memory = each.plan.memory
-    needed = (memory.needed + each.cache_bytes) / GIB
-    start = f"{each.name:11} {each.batch:5} {each.width:6} {needed:7.2f} "
-    if each.plan.roofline is None:
-      lines.append(start + f"does not fit: {memory.available / GIB:.2f} GiB there")
-      continue
-    roof, (low, high) = each.plan.roofline, each.seconds
-    lines.append(
-      start + f"{each.cache_bytes / GIB:7.3f} {roof.hbm * 1e3:8.2f} {roof.links * 1e3:9.2f} "
-      f"{roof.compute * 1e3:11.2f} {low * 1e3:6.2f} to {high * 1e3:5.2f} "
-      f"{1 / high:5.0f} to {1 / low:5.0f}"
-    )
-  lines.append(
-    "Tokens per second = passes per second x rows x tokens written per pass (1 without parallel "
-    "unmasking). Times are arithmetic on compiled programs, as for training; cached keys and values "
-    "(column cache, GiB) are arithmetic alone."
-  )
+    f"{first.exchange}; blocks of {sampler.block_length}, {sampler.gen_length} tokens to write",
+    *(" ".join(f"{cell:>{width}}" for cell, width in zip(line, WIDTHS, strict=True))
+      for line in (HEADINGS, *map(row, plans))),
+    "Per device. Tokens per second = passes per second x rows x tokens written per pass (1 without "
+    "parallel unmasking). Memory: keys and values, of which GiB is the whole program with them. "
+    "Floor: the weights that lie on a device (of the experts those that some token is expected to "
+    "choose) and the memory, once at the published bandwidth. Times are arithmetic on compiled "
+    "programs, as for training.",
+  ]  # fmt: skip
   return "\n".join(lines)
 
 
-def to_dict(plans: list[DecodePlan]) -> list[dict]:
-  from lladax.scaling.report import to_dict as plan_to_dict
+def row(each: DecodePlan) -> tuple[str, ...]:
+  """One line of the table."""
+  needed, roof = each.plan.memory.needed, each.plan.roofline
+  start = (each.name, str(each.rows), str(each.width), f"{needed / GIB:.2f}",
+           f"{each.memory_bytes / GIB:.3f}", f"{each.floor * 1e3:.2f}")  # fmt: skip
+  if roof is None:
+    return (*start, *["-"] * 5, f"does not fit {each.plan.memory.available / GIB:.2f} GiB")
+  low, high = each.seconds
+  return (
+    *start,
+    *(f"{seconds * 1e3:.2f}" for seconds in (roof.hbm, roof.links, roof.compute)),
+    f"{low * 1e3:.2f} to {high * 1e3:.2f}",
+    f"{low / each.floor:.2f} to {high / each.floor:.2f}",
+    f"{1 / high:.0f} to {1 / low:.0f}",
+  )
 
+
+def to_dict(plans: list[DecodePlan]) -> list[dict]:
+  """The plans as JSON values."""
   return [
     {
       "pass": each.name,
-      "rows": each.batch,
+      "rows": each.rows,
       "width": each.width,
-      "cache_bytes": each.cache_bytes,
-      "cache_flops": each.cache_flops,
-      "seconds": None if each.plan.roofline is None else each.seconds,
+      "memory_bytes": each.memory_bytes,
+      "needed_bytes": each.needed_bytes,
+      "floor_seconds": each.floor,
+      "seconds": each.seconds,
       "program": plan_to_dict(each.plan),
     }
     for each in plans

@@ -11,6 +11,7 @@ import jax
 from lladax.config import ConfigError
 from lladax.experiment import Experiment
 from lladax.experiment.rates import supervised_share, useful_flops
+from lladax.models import ModelConfig
 from lladax.scaling import aot, flops, hlo, steps
 from lladax.scaling.chips import Slice
 from lladax.scaling.collectives import Collective, Layout, find_collectives
@@ -72,7 +73,7 @@ def plan_training(config: Experiment, slice_: Slice) -> Plan:
   shared = {
     "slice_": slice_,
     "mesh_sizes": program.mesh_sizes,
-    "exchange": exchange_name(config),
+    "exchange": exchange_name(config.model),
     "useful_flops": useful_flops(config) / slice_.devices,
     "tokens_per_step": config.data.batch_size * config.data.length,
     "least": tuple(
@@ -89,19 +90,10 @@ def plan_training(config: Experiment, slice_: Slice) -> Plan:
   compiled = None
   try:
     compiled = aot.compile_lowered(program.lowered)
-    memory = _memory(compiled, slice_, parameters, optimizer)
+    memory = memory_of(compiled, slice_, parameters, optimizer)
   except aot.DoesNotFit as error:
     batch = 13 * config.data.batch_size * config.data.length / slice_.devices
-    memory = Memory(
-      parameters=parameters,
-      optimizer=optimizer,
-      batch=batch,
-      temporaries=max(error.needed - parameters - optimizer - batch, 0.0),
-      code=0,
-      peak=error.needed,
-      needed=max(error.needed, parameters + optimizer),
-      available=error.available,
-    )
+    memory = memory_refused(error, parameters, optimizer, batch)
   shared |= {
     "memory": memory,
     "situation": _situation(config, slice_, program, memory),
@@ -145,7 +137,9 @@ def _whole_slice(collectives, params) -> list[Collective]:
   return [c for c in collectives if c.kind == "all-reduce" and len(c.axes) > 1 and c.size > limit]
 
 
-def _memory(compiled: aot.Compiled, slice_: Slice, parameters: float, optimizer: float) -> Memory:
+def memory_of(
+  compiled: aot.Compiled, slice_: Slice, parameters: float, optimizer: float = 0
+) -> Memory:
   return Memory(
     parameters=parameters,
     optimizer=optimizer,
@@ -155,6 +149,22 @@ def _memory(compiled: aot.Compiled, slice_: Slice, parameters: float, optimizer:
     peak=compiled.peak,
     needed=compiled.held,
     available=slice_.chip.hbm,
+  )
+
+
+def memory_refused(
+  error: aot.DoesNotFit, parameters: float, optimizer: float = 0, batch: float = 0
+) -> Memory:
+  """What is known of a program that the compiler refused."""
+  return Memory(
+    parameters=parameters,
+    optimizer=optimizer,
+    batch=batch,
+    temporaries=max(error.needed - parameters - optimizer - batch, 0.0),
+    code=0,
+    peak=error.needed,
+    needed=max(error.needed, parameters + optimizer),
+    available=error.available,
   )
 
 
@@ -190,8 +200,8 @@ def _layer_bytes(model, params, item: int) -> float:
   return sum(leaf.size for leaf in jax.tree.leaves(stacked)) / count * item
 
 
-def exchange_name(config: Experiment) -> str:
-  return "none" if config.model.moe is None else type(config.model.moe.exchange).__name__
+def exchange_name(model: ModelConfig) -> str:
+  return "none" if model.moe is None else type(model.moe.exchange).__name__
 
 
 def fit_microbatches(config: Experiment, slice_: Slice, report=lambda text: None) -> tuple:

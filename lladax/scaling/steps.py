@@ -1,4 +1,4 @@
-"""The real programs of an experiment, lowered for a slice: its train step, and decoding."""
+"""The real train step of an experiment, lowered for a slice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -15,12 +14,12 @@ from kernels_pallas import op
 from lladax.config import ConfigError
 from lladax.experiment import Experiment, train_step
 from lladax.experiment.rates import supervised_share
-from lladax.infer.drawing import draw_tokens, remove_ids, token_probability
-from lladax.models import Denoiser, ModelConfig, init_variables
+from lladax.models import ModelConfig, init_variables
 from lladax.scaling.chips import Slice
+from lladax.scaling.cost import Live, Share
 from lladax.scaling.hlo import Computation, Module, Shape
 from lladax.scaling.mesh_rule import two_axes
-from lladax.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings, use_mesh
+from lladax.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 from lladax.train import abstract_state, make_optimizer, state_shardings
 from lladax.types import Batch
 
@@ -36,7 +35,7 @@ class Lowered:
     optimizer: abstract state of the optimizer, and counters; None for decoding.
     expected: how often loops run whose count is data, for `loops.visits`.
     live: the share of their stated cost that kernels are expected to do, for `cost.program_cost`.
-    tokens: per device, all microbatches together.
+    tokens: per device, all microbatches together; of decoding, the positions of all devices.
   """
 
   lowered: jax.stages.Lowered
@@ -44,7 +43,7 @@ class Lowered:
   params: object
   optimizer: object
   expected: dict[str, Callable[[Module, Computation], float]]
-  live: dict[str, Callable[[list[Shape]], float]]
+  live: Live
   tokens: float
 
   @property
@@ -94,10 +93,11 @@ def lower_train_step(config: Experiment, slice_: Slice, devices: list) -> Lowere
 
   ids = array(jnp.int32)
   batch = Batch(tokens=ids, segment_ids=ids, positions=ids, maskable=array(jnp.bool_))
-  with use_mesh(mesh), op.target(devices[0].device_kind), _one_line():
+  with use_mesh(mesh), op.target(devices[0].device_kind), one_line():
     lowered = train_step(config, state_shardings(state)).lower(state, batch)
   tokens = math.prod(shape) / len(devices) * mesh.shape.get("tensor", 1)
-  rows = tokens / config.microbatches / mesh.shape.get("tensor", 1) * supervised_share(config)
+  supervised = supervised_share(config)
+  rows = tokens / config.microbatches / mesh.shape.get("tensor", 1) * supervised
   return Lowered(
     lowered=lowered,
     mesh=mesh,
@@ -105,7 +105,7 @@ def lower_train_step(config: Experiment, slice_: Slice, devices: list) -> Lowere
     optimizer=dataclasses.replace(state, params=None),
     expected={"cross_entropy_blocks": _head_blocks(config.model, rows)},
     live={
-      "cross_entropy_blocks": lambda shapes: supervised_share(config),
+      "cross_entropy_blocks": lambda shapes: Share(supervised, supervised),
       "layers/moe": _live_slots(config.model, tokens / config.microbatches),
     },
     tokens=tokens,
@@ -135,10 +135,11 @@ def _live_slots(model: ModelConfig, tokens: float):
   A buffer for the worst case has more: all tokens may want the experts of one device.
   """
 
-  def share(shapes: list[Shape]) -> float:
+  def share(shapes: list[Shape]) -> Share:
     rows = max((shape.dims[0] for shape in shapes if len(shape.dims) > 1), default=0)
     slots = tokens * model.moe.num_experts_per_tok
-    return min(1.0, slots / rows) if rows > model.moe.num_experts else 1.0
+    live = min(1.0, slots / rows) if rows > model.moe.num_experts else 1.0
+    return Share(live, live)
 
   return share
 
@@ -177,7 +178,7 @@ def check_divides(config: Experiment, mesh: jax.sharding.Mesh):
 
 
 @contextlib.contextmanager
-def _one_line():
+def one_line():
   """What is wrong with a config and found while it is traced, as a `ConfigError`."""
   try:
     yield
@@ -185,55 +186,3 @@ def _one_line():
     raise
   except (ValueError, NotImplementedError) as error:
     raise ConfigError(" ".join(str(error).split())[:500]) from error
-
-
-# --- Decoding ---
-
-
-def lower_forward(
-  model: ModelConfig,
-  mesh_config: MeshConfig,
-  slice_: Slice,
-  devices: list,
-  *,
-  batch: int,
-  length: int,
-  width: int,
-) -> Lowered:
-  """One iteration of decoding without a cache: the whole row through the network, `width` tokens
-  drawn from their logits with their probabilities.
-
-  Prefill is `length` = the prompt and what is to be written; a step with cached keys and values
-  computes `length` = `width` = one block.
-  """
-  mesh = mesh_of(mesh_config, slice_, devices)
-  boxed = jax.eval_shape(lambda key: init_variables(model, key)["params"], jax.random.key(0))
-  params = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    nn.meta.unbox(boxed),
-    param_shardings(mesh, boxed),
-  )
-  sharding = batch_sharding(mesh)
-  shards = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp", "expert"))
-  if batch % shards:
-    sharding = jax.sharding.NamedSharding(mesh, type(sharding.spec)())
-  ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding)
-  denoise = Denoiser(model)
-
-  def step(params, tokens, positions, segment_ids):
-    logits = denoise(params, tokens, positions, segment_ids)[:, -width:].astype(jnp.float32)
-    logits = remove_ids(logits, (model.mask_token_id,))
-    drawn = draw_tokens(logits, None, positions, temperature=0.0)
-    return drawn, token_probability(logits, drawn)
-
-  with use_mesh(mesh), op.target(devices[0].device_kind), _one_line():
-    lowered = jax.jit(step).lower(params, ids, ids, ids)
-  return Lowered(
-    lowered=lowered,
-    mesh=mesh,
-    params=params,
-    optimizer=None,
-    expected={},
-    live={},
-    tokens=batch * length,
-  )

@@ -7,8 +7,8 @@ import re
 
 import pytest
 from rich.console import Console
+from small_models import small_model
 
-import lladax
 from lladax.chat import Answer, Conversation, Session, talk
 from lladax.data import Bytes, train_bpe
 from lladax.hub import BUILT_IN, Chat
@@ -16,34 +16,15 @@ from lladax.infer import SamplerConfig
 from lladax.infer.earlier import Earlier
 from lladax.infer.engine import Engine, Update
 from lladax.infer.view import MASK_GLYPH, PICTURES
-from lladax.models import tiny
-from lladax.moe import MoEConfig
 
 SAMPLER = SamplerConfig(gen_length=16, steps=8, block_length=8, temperature=0.9)
-
-
-def model_of(tokenizer, conversation=None):
-  config = tiny(
-    vocab_size=tokenizer.vocab_size,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    moe=MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=8),
-    max_position_embeddings=128,
-    initializer_range=0.3,
-    mask_token_id=tokenizer.mask_id,
-    eos_token_id=tokenizer.eos_id,
-    pad_token_id=tokenizer.pad_id,
-  )
-  model = lladax.init(config, seed=1, tokenizer=tokenizer)
-  model.sampler, model.conversation = SAMPLER, conversation
-  return model
 
 
 @pytest.fixture(scope="module")
 def chat_model():
   tokenizer = train_bpe(["User:\nto be\n\nAssistant:\nor not to be"], 280)
-  return model_of(tokenizer, Chat(tokenizer, BUILT_IN["plain"]))
+  conversation = Chat(tokenizer, BUILT_IN["plain"])
+  return small_model(tokenizer, context=128, sampler=SAMPLER, conversation=conversation)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ MODEL = dataclasses.replace(
   moe=MoEConfig(num_experts=4, num_experts_per_tok=2, expert_intermediate_size=16),
 )
 MESHES = [
-  pytest.param(MeshConfig(data=1, expert=4, tensor=2), marks=pytest.mark.slow),
+  MeshConfig(data=1, expert=4, tensor=2),
   pytest.param(MeshConfig(data=2, fsdp=2, expert=2), marks=pytest.mark.slow),
 ]
 SAMPLER = dataclasses.replace(BASE, cache=DualCache(), unmask=Threshold(0.3))

@@ -16,6 +16,7 @@ import transformers
 from safetensors.numpy import save_file
 
 from lladax.hub import names as names_
+from lladax.hub.export import named_tensors
 from lladax.hub.plan import named_leaves
 from lladax.models import ModelConfig, init_params
 from lladax.moe import MoEConfig, SigmoidBias, TopKSoftmax
@@ -85,13 +86,8 @@ class Relative:
 
   def write(self, folder, config: ModelConfig, params):
     """A folder as this relative would publish it, with our weights."""
-    leaves, tensors = named_leaves(params), {}
-    for row in names_.rows(self.names, config, ()):
-      for layer, expert, names in row.names():
-        lead = tuple(i for i in (layer, expert) if i is not None)
-        slices = [np.asarray(leaves[path])[lead] for path in row.params]
-        for name, tensor in zip(names, row.to_tensors(slices), strict=True):
-          tensors[name] = np.ascontiguousarray(tensor)
+    named = named_tensors(names_.rows(self.names, config, ()), named_leaves(params))
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in named}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     self.torch_config(config).save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""The decoding loop compiled by libtpu for a TPU that is not here."""
+"""The decoding loop, and a step of it, compiled by libtpu for TPUs that are not here."""
 
 import dataclasses
 
@@ -17,6 +17,9 @@ from lladax.models import Denoiser, init_variables, tiny
 from lladax.moe import MoEConfig
 from lladax.scaling import aot
 from lladax.scaling.chips import parse_slice
+from lladax.scaling.decode_steps import abstract_decoder, lower_block_step
+from lladax.scaling.memory import shard_bytes
+from lladax.sharding import MeshConfig
 
 try:
   aot.require_libtpu()
@@ -77,3 +80,17 @@ def test_keys_and_values_are_updated_in_place():
   assert stats.alias_size_in_bytes >= memory
   # Logits of the blocks, and not of the canvas.
   assert stats.temp_size_in_bytes < 4 * rows * length * CONFIG.vocab_size * 4
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_updates_them_in_place_on_a_mesh(rows):
+  slice_ = parse_slice("v5e:2x2")
+  mesh = MeshConfig(data=1, tensor=2, expert=2)
+  decoder = abstract_decoder(CONFIG, mesh, slice_, aot.devices(slice_), width=64)
+  memory = decoder.memory(rows, 256)
+  # Heads over tensor, and rows over expert where they divide.
+  whole = 2 * 2 * CONFIG.num_hidden_layers * rows * 256 * CONFIG.kv_heads * CONFIG.head_size
+  assert shard_bytes(memory) == whole // (2 if rows == 1 else 4)
+  program = lower_block_step(decoder, rows=rows, length=256)
+  stats = program.lowered.compile().memory_analysis()
+  assert stats.alias_size_in_bytes >= shard_bytes(memory)

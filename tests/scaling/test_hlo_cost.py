@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lladax.scaling import hlo
-from lladax.scaling.cost import program_cost
+from lladax.scaling.cost import Share, program_cost
 from lladax.scaling.loops import visits
 
 
@@ -171,6 +171,29 @@ ENTRY %main (x: f32[100,8], y: f32[50]) -> f32[1,8] {
 """
   module = hlo.parse(text)
   assert program_cost(module, visits(module)[0]).hbm_bytes == 32 + 32
+
+
+@pytest.mark.quick
+def test_what_was_fetched_before_a_kernel_is_not_traffic_of_the_kernel():
+  # A slice names what it is of first, a copy what it makes.
+  text = """HloModule m
+ENTRY %main (w: bf16[8,64], v: bf16[8,64]) -> f32[10] {
+  %w = bf16[8,64]{1,0} parameter(0)
+  %v = bf16[8,64]{1,0} parameter(1)
+  %s = (bf16[8,64]{1,0}, bf16[2,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:2], [0:64]}
+  %sliced = bf16[2,64]{1,0:S(1)} slice-done(%s)
+  %c = (bf16[8,64]{1,0:S(1)}, bf16[8,64]{1,0}, u32[]{:S(2)}) copy-start(%v)
+  %copied = bf16[8,64]{1,0:S(1)} copy-done(%c)
+  ROOT %k = f32[10]{0} custom-call(%copied, %w, %w), custom_call_target="tpu_custom_call", \
+metadata={op_name="a/moe/kernel"}, backend_config={"cost_estimate":{"flops":"8","bytes_accessed":"2088"}}
+}
+"""
+  module = hlo.parse(text)
+  fetched, of_kernel = 2 * 64 * 2 + 8 * 64 * 2, 2088 - 8 * 64 * 2
+  assert program_cost(module, visits(module)[0]).hbm_bytes == fetched + of_kernel
+  live = {"/moe/": lambda shapes: Share(flops=0.5, hbm=0.25)}
+  found = program_cost(module, visits(module)[0], live)
+  assert (found.flops, found.hbm_bytes) == (4, fetched + of_kernel / 4)
 
 
 def test_text_of_something_else():

@@ -48,6 +48,9 @@ def no_compiler(monkeypatch):
       "6 experts do not divide over 8 devices",
     ),
     ({"decode": True, "rows": ("a",)}, "--rows are whole numbers"),
+    ({"decode": True, "rows": ("0",)}, "at least one row"),
+    ({"decode": True, "exchange": "Fsdp"}, "leave --exchange"),
+    ({"decode": True, "weights": "int4"}, "one of int8, fp8; got 'int4'"),
   ],
 )
 def test_a_mistake_is_one_line_and_status_2(options, part, capsys):

@@ -105,6 +105,17 @@ async def ask(client: httpx.AsyncClient, body: dict, *, cancel: bool = False) ->
   return outcome
 
 
+async def send(client: httpx.AsyncClient, content: bytes) -> Outcome:
+  """A body as it is."""
+  outcome, begin = Outcome(), time.perf_counter()
+  try:
+    outcome.status = (await client.post("/v1/completions", content=content)).status_code
+  except httpx.HTTPError as error:
+    print(f"a request failed: {error!r}", file=sys.stderr)
+  outcome.seconds = time.perf_counter() - begin
+  return outcome
+
+
 async def ask_streamed(client, body: dict, outcome: Outcome, begin: float, cancel: bool):
   body = {**body, "stream_options": {"include_usage": True}}
   answers: dict[int, list] = {}
@@ -154,10 +165,7 @@ async def load(url: str, options: argparse.Namespace) -> dict:
     async def one(kind: str, number: int) -> tuple[str, int, Outcome]:
       async with gate:
         if kind == "malformed":
-          begin = time.perf_counter()
-          reply = await client.post("/v1/completions", content=MALFORMED[number][0])
-          seconds = time.perf_counter() - begin
-          return kind, number, Outcome(status=reply.status_code, seconds=seconds)
+          return kind, number, await send(client, MALFORMED[number][0])
         cancel = number in cancelled
         kind = "cancelled" if cancel else kind
         return kind, number, await ask(client, requests[number], cancel=cancel)
@@ -235,6 +243,8 @@ def own_server(options: argparse.Namespace) -> Iterator[str]:
   try:
     while thread.is_alive() and not server.started:
       time.sleep(0.05)
+    if not server.started:
+      raise RuntimeError("the server did not start; what it said is above")
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
   finally:
     server.should_exit = True

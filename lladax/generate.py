@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -60,6 +61,10 @@ def main(_):
     run()
   except (ConfigError, ValueError, OSError) as error:
     sys.exit(f"error: {error}")
+  except KeyboardInterrupt:
+    goes_on = "; the same command goes on from here" if FLAGS.output else ""
+    print(f"stopped{goes_on}", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
 
 
 def run():

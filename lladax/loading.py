@@ -27,7 +27,7 @@ START_FILE = "start.json"  # what a run began with, in its workdir
 
 def init(config: ModelConfig, seed: int = 0, *, tokenizer: Tokenizer | None = None) -> Model:
   """A model with fresh parameters."""
-  params = jax.jit(functools.partial(init_params, config))(jax.random.key(seed))
+  params = init_params(config, jax.random.key(seed))
   return Model(config=config, params=params, tokenizer=tokenizer)
 
 

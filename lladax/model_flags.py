@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from absl import flags
 
 from lladax.config import fields_help, override
@@ -11,6 +13,7 @@ from lladax.model import Model
 from lladax.sharding import MeshConfig
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # they are the command's own, so that its --help lists them
 
 
 def define_flags():
@@ -57,10 +60,11 @@ def open_model() -> Model:
 
 
 def published(name: str, assignments: list[str]) -> SamplerConfig:
-  """A published sampler for the length that the assignments ask for, with steps to go with it."""
-  lengths = [
-    a.partition("=")[2] for a in assignments if a.partition("=")[0].strip() == "gen_length"
-  ]
-  # What is no length is for `override` to refuse.
-  known = lengths and lengths[-1].strip().isdecimal() and int(lengths[-1])
-  return PUBLISHED[name](gen_length=int(lengths[-1])) if known else PUBLISHED[name]()
+  """A published sampler for the lengths that the assignments ask for, with steps to go with them."""
+  make = PUBLISHED[name]
+  given = {}
+  for field, _, text in (assignment.partition("=") for assignment in assignments):
+    # What is no length is for `override` to refuse.
+    if field.strip() in inspect.signature(make).parameters and text.strip().isdecimal():
+      given[field.strip()] = int(text)
+  return make(**{field: length for field, length in given.items() if length > 0})

@@ -13,11 +13,18 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-  """One of: a text to continue, messages to answer, a text whose masks are to be filled."""
+  """One of: a text to continue, messages to answer, a text whose masks are to be filled.
+
+  Raises:
+    UnicodeEncodeError: for half of a character, which JSON and a command line may hold.
+  """
 
   prompt: str | None = None
   messages: tuple[Mapping[str, Any], ...] = ()
   infill: str | None = None
+
+  def __post_init__(self):
+    json.dumps(self.to_tree(), ensure_ascii=False).encode()
 
   @property
   def text(self) -> str:
@@ -38,7 +45,7 @@ def read_prompts(path: str) -> list[Prompt]:
     ValueError: naming the line, for one that is no prompt; without any.
     OSError: for a file that cannot be read.
   """
-  content = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text(encoding="utf-8")
+  content = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text(encoding="utf-8-sig")
   is_json = path.endswith(".jsonl") or (path == "-" and content.lstrip().startswith("{"))
   # Not splitlines: JSON and prose may hold other separators of Unicode's within a line.
   lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
@@ -62,7 +69,10 @@ def _parse(line: str, place: str) -> Prompt:
   value = tree[name]
   if not isinstance(value, kinds[name]) or value == []:
     raise ValueError(f"{place}: {name} is not what it should be, {kinds[name].__name__}: {value!r}")
-  return Prompt(**{name: tuple(value) if name == "messages" else value})
+  try:
+    return Prompt(**{name: tuple(value) if name == "messages" else value})
+  except UnicodeEncodeError:
+    raise ValueError(f"{place}: {name} holds half of a character: {line[:60]}") from None
 
 
 class Answers:
@@ -110,9 +120,9 @@ class Answers:
     content = self._path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     done = set()
-    for place, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+    for place, line in enumerate(whole.split(b"\n")[:-1], 1):
       try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
         number, key = row["index"], row["key"]
         fits = 0 <= number < len(self._prompts) and key == self._key(number)
       except (ValueError, KeyError, TypeError):

@@ -39,3 +39,11 @@ def checked_values():
 
   with checked():
     yield
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory):
+  """A folder of a small LLaDA-MoE with random weights and a tokenizer that has turns."""
+  from small_models import save_chatty
+
+  return save_chatty(tmp_path_factory.mktemp("chatty") / "model")

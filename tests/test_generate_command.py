@@ -2,11 +2,12 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from small_models import save_chatty
 
 import lladax
 from lladax.infer import SamplerConfig
@@ -29,6 +30,8 @@ def test_prompts_are_json_or_lines(tmp_path, monkeypatch):
   ]
   assert read_prompts(write(tmp_path / "a.jsonl", *rows)) == prompts
   assert [prompt.text for prompt in prompts] == ["a\u2028b", "hi", "x<|mask|>", ""]
+  (tmp_path / "b.jsonl").write_text("\n".join(rows), encoding="utf-8-sig")  # as Windows has it
+  assert read_prompts(str(tmp_path / "b.jsonl")) == prompts
   monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(rows)))
   assert read_prompts("-") == prompts
   lines = read_prompts(write(tmp_path / "a.txt", "one", "", " two\u2028", "{three\r"))
@@ -44,6 +47,7 @@ def test_prompts_are_json_or_lines(tmp_path, monkeypatch):
     ('{"prompt": "a", "infill": "b"}', "expected one of"),
     ('{"prompt": 3}', "prompt is not what it should be, str: 3"),
     ('{"messages": []}', "messages is not what it should be"),
+    ('{"prompt": "\\ud800"}', "a.jsonl:2: prompt holds half of a character"),
   ],
 )
 def test_a_line_that_is_no_prompt_is_named(tmp_path, line, message):
@@ -72,20 +76,21 @@ def test_answers_are_gone_on_with(tmp_path):
   for other, settings in ((prompts, "y"), (prompts[1:], "x"), (prompts[:2], "x")):
     with pytest.raises(ValueError, match=r"answers.jsonl:1 is no answer to these prompts"):
       Answers(str(path), other, settings=settings)
+  path.write_bytes(b"\xff\n")
+  with pytest.raises(ValueError, match="name another --output"):
+    Answers(str(path), prompts, settings="x")
   path.write_text("something else\n")
   with pytest.raises(ValueError, match="name another --output"):
     Answers(str(path), prompts, settings="x")
 
 
-@pytest.fixture(scope="module")
-def chatty(tmp_path_factory):
-  return save_chatty(tmp_path_factory.mktemp("chatty") / "model")
+def command_line(model, *flags):
+  sampler = ["--set=gen_length=8", "--set=steps=4", "--set=block_length=8", "--set=temperature=1.0"]
+  return [sys.executable, "-m", "lladax.generate", f"--model={model}", *sampler, *flags]
 
 
 def command(model, *flags, **options):
-  sampler = ["--set=gen_length=8", "--set=steps=4", "--set=block_length=8", "--set=temperature=1.0"]
-  line = [sys.executable, "-m", "lladax.generate", f"--model={model}", *sampler, *flags]
-  return subprocess.run(line, capture_output=True, text=True, **options)
+  return subprocess.run(command_line(model, *flags), capture_output=True, text=True, **options)
 
 
 ROWS = [{"prompt": "a man"}, {"infill": "a <|mask|><|mask|> plan"}, {"prompt": "a canal, a plan"}]
@@ -111,6 +116,20 @@ def test_a_file_is_answered_and_a_killed_run_goes_on_to_the_same_answers(chatty,
   again = command(chatty, *flags, "--batch=2")
   assert again.returncode == 0, again.stderr
   assert {row["index"]: row for row in map(json.loads, output.read_text().splitlines())} == whole
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_that_it_can_be_gone_on_with(chatty, tmp_path):
+  asked = write(tmp_path / "asked.txt", *["a man"] * 2000)
+  output = tmp_path / "answers.jsonl"
+  line = command_line(chatty, f"--prompts={asked}", f"--output={output}")
+  with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as running:
+    while running.poll() is None and not (output.exists() and output.stat().st_size):
+      time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+  assert running.returncode == 130 and "the same command goes on" in said
+  assert "Traceback" not in said
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_anything_is_written(chatty, tmp_path):

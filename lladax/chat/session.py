@@ -69,6 +69,7 @@ class Session:
     """
     if not line.strip():
       return
+    line.encode()  # a ValueError for bytes that are no text, which a terminal may hand on
     if line.startswith("/"):
       self.command(*line[1:].split(maxsplit=1))
     else:
@@ -144,6 +145,7 @@ class Session:
             blocks.put((update, time.perf_counter() - begin))
           engine.cancel(ticket)
       except Exception as error:
+        self._engines.clear()  # what state it is in, nobody knows
         blocks.put(error)
 
     thread = threading.Thread(target=decode, name="decode", daemon=True)
@@ -197,9 +199,11 @@ class Session:
 
   def _stream(self, answer: Answer, blocks: Iterator):
     """Prints the text as it is settled."""
-    for block in filter(None, blocks):
-      print(answer.take(*block), end="", file=self.console.file, flush=True)
-    print(file=self.console.file)
+    try:
+      for block in filter(None, blocks):
+        print(answer.take(*block), end="", file=self.console.file, flush=True)
+    finally:
+      print(file=self.console.file)
     self._print(answer.facts())
 
   def _save_record(self):
@@ -221,7 +225,7 @@ def talk(session: Session, read: Callable[[], str]):
       session.say(read())
     except (EOFError, KeyboardInterrupt):
       return
-    except (ConfigError, ValueError, OSError) as error:
+    except (ConfigError, ValueError, OSError, RuntimeError) as error:  # JAX's are RuntimeErrors
       style = "red" if session.console.is_terminal else ""
       session.console.print(
         f"error: {error}", style=style, markup=False, highlight=False, soft_wrap=True

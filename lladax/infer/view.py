@@ -29,6 +29,11 @@ def shade(confidence: float) -> tuple[int, int, int]:
   return round(235 - 140 * max(2 * share - 1, 0)), round(85 + 120 * min(2 * share, 1)), 90
 
 
+# What a model writes may move the cursor or worse; shown are the pictures of control characters.
+PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+PICTURES |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+
+
 def crystallising(places: Sequence[Shown | None], number: int) -> Text:
   """The canvas before iteration `number`: masks dim, text in the colour of its confidence.
 
@@ -48,7 +53,7 @@ def crystallising(places: Sequence[Shown | None], number: int) -> Text:
       styled.append((place.text, f"{fresh}rgb({red},{green},{blue})"))
   text = Text()
   for style, neighbours in itertools.groupby(styled, key=lambda pair: pair[1]):
-    text.append("".join(piece for piece, _ in neighbours), style)
+    text.append("".join(piece for piece, _ in neighbours).translate(PICTURES), style)
   return text
 
 
@@ -122,7 +127,7 @@ def styled_frames(result: GenerateResult, decode: Decode, *, row: int = 0) -> It
     states = np.where(ids == result.mask_id, "masked", states)
     text = Text()
     for piece, state in pieces(ids.tolist(), states.tolist(), decode):
-      text.append(piece, STYLES[state])
+      text.append(piece.translate(PICTURES), STYLES[state])
     yield text
 
 

@@ -345,6 +345,7 @@ def init_variables(config: ModelConfig, key: jax.Array, shape: tuple[int, int] =
   return Transformer(config).init(key, jnp.zeros(shape, jnp.int32))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array):
   """Fresh parameters as a plain tree: normal(0, initializer_range), ones for norms."""
   return nn.meta.unbox(init_variables(config, key)["params"])

@@ -11,7 +11,7 @@ from lladax.serve.answers import Answer
 from lladax.serve.app import make_app
 from lladax.serve.metrics import Metrics
 from lladax.serve.protocol import Ask, Limits, RequestError, parse_chat, parse_completion
-from lladax.serve.scheduler import Job, QueueFull, Scheduler, Stopping
+from lladax.serve.scheduler import Job, QueueFull, Refused, Scheduler, Stopping
 from lladax.serve.served import Served
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
   "Limits",
   "Metrics",
   "QueueFull",
+  "Refused",
   "RequestError",
   "Scheduler",
   "Served",

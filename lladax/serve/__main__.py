@@ -5,7 +5,7 @@ python -m lladax.serve --model=inclusionAI/LLaDA-MoE-7B-A1B-Instruct --dtype=bfl
 
 Then open http://127.0.0.1:8000/ or point any OpenAI client at http://127.0.0.1:8000/v1.
 LLADAX_API_KEY in the environment is asked of every client. Ctrl-C or SIGTERM ends the server once
-the answers that it has begun are done.
+the answers that it has begun are done; its exit status is then 0.
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import signal
 import sys
 
+import uvicorn
 from absl import app, flags, logging
 
 from lladax.config import ConfigError
 from lladax.model_flags import define_flags, open_model
+from lladax.serve import Limits, Metrics, Scheduler, Served, make_app
+from lladax.serve.address import bind
 
 FLAGS = flags.FLAGS
 
 define_flags()
 flags.DEFINE_string("name", None, "What clients call the model. Default: the last part of --model.")
 flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for every one.")
-flags.DEFINE_integer("port", 8000, "Port to listen at; 0 for a free one.")
+flags.DEFINE_integer(
+  "port", 8000, "Port to listen at; 0 for a free one.", lower_bound=0, upper_bound=65535
+)
 flags.DEFINE_integer(
   "slots", 8, "Answers decoded together, for each sampler in use.", lower_bound=1
 )
@@ -38,30 +44,30 @@ flags.DEFINE_integer(
   "length", None, "Tokens of prompt and answer. Default: the model's context, at most 4096."
 )
 flags.DEFINE_integer("max_tokens", 1024, "Most tokens of one answer.", lower_bound=1)
-flags.DEFINE_integer("max_answers", 16, "Most answers to one request.", lower_bound=1)
+flags.DEFINE_integer(
+  "max_answers", 16, "Most answers to one request; no more than --max_queue.", lower_bound=1
+)
 flags.DEFINE_integer("max_body", 1 << 20, "Most bytes of a request.", lower_bound=1)
 flags.DEFINE_bool("open_sampler", False, "Let requests set any field of the sampler.")
-flags.DEFINE_float("drain_seconds", 30.0, "Time for the last answers when the server ends.")
+flags.DEFINE_float(
+  "drain_seconds", 30.0, "Time for the last answers when the server ends.", lower_bound=0
+)
 flags.DEFINE_bool("warm_up", True, "Compile before the first request comes.")
 
 
 def main(_):
   logging.set_verbosity(logging.WARNING)  # the checkpoint library tells of every file it reads
   try:
-    import uvicorn
-
-    from lladax.serve import Limits, Metrics, Scheduler, Served, make_app
-  except ImportError as error:
-    sys.exit(f"error: {error}; the server needs more packages: pip install 'lladax[serve]'")
-  try:
+    listening = bind(FLAGS.host, FLAGS.port)
     model = open_model()
-    name = FLAGS.name or pathlib.PurePath(FLAGS.model).name
+    name = FLAGS.name or pathlib.PurePath(os.path.abspath(FLAGS.model)).name
     length = FLAGS.length or min(model.config.max_position_embeddings, 4096)
     served = Served(model=model, name=name, length=length, open_sampler=FLAGS.open_sampler)
     served.check()
     served = dataclasses.replace(served, model=model.for_inference(weights=FLAGS.weights))
-    limits = Limits(max_tokens=FLAGS.max_tokens, rows=FLAGS.max_answers, body_bytes=FLAGS.max_body)
-  except (ConfigError, ValueError) as error:
+    rows = min(FLAGS.max_answers, FLAGS.max_queue)  # more would never find room in the queue
+    limits = Limits(max_tokens=FLAGS.max_tokens, rows=rows, body_bytes=FLAGS.max_body)
+  except (ConfigError, ValueError, OSError) as error:
     sys.exit(f"error: {error}")
   metrics = Metrics()
   scheduler = Scheduler(
@@ -76,7 +82,8 @@ def main(_):
     scheduler,
     metrics=metrics,
     limits=limits,
-    api_key=os.environ.get("LLADAX_API_KEY") or None,
+    # Secrets that are kept in files often end with a line break.
+    api_key=os.environ.get("LLADAX_API_KEY", "").strip() or None,
     drain_seconds=FLAGS.drain_seconds,
     warm_up=FLAGS.warm_up,
   )
@@ -89,14 +96,21 @@ def main(_):
       timeout_graceful_shutdown=round(FLAGS.drain_seconds),
     )
   )
-  socket = server.config.bind_socket()
-  port = socket.getsockname()[1]
   print(f"{name}: compiling", file=sys.stderr, flush=True)
-  application.state.ready = lambda: print(
-    f"{name}: http://{FLAGS.host}:{port}/ (for clients: /v1)", file=sys.stderr, flush=True
-  )
-  with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes it on once it has shut down
-    server.run(sockets=[socket])
+  port = listening.getsockname()[1]
+  host = f"[{FLAGS.host}]" if ":" in FLAGS.host else FLAGS.host
+
+  def ready():
+    # An error here, and not in uvicorn, which may wait for ever: of two servers that were started at
+    # the same time the other one listens by now.
+    listening.listen()
+    print(f"{name}: http://{host}:{port}/ (for clients: /v1)", file=sys.stderr, flush=True)
+
+  application.state.ready = ready
+  # uvicorn passes a signal on once it has shut down; by then all is done that it asks for.
+  signal.signal(signal.SIGTERM, lambda *_: None)
+  with contextlib.suppress(KeyboardInterrupt):
+    server.run(sockets=[listening])
 
 
 if __name__ == "__main__":

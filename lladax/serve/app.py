@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lladax.infer.replay import PLAYER, STYLE
 from lladax.serve.metrics import Metrics
@@ -28,6 +29,7 @@ from lladax.serve.served import Served
 from lladax.serve.writing import Rows, Style, chat_style, completion_style
 
 DEFAULT_LIMITS = Limits()
+GONE = 499  # nginx's status of a client that did not wait for its answer
 PAGE = pathlib.Path(__file__).with_name("page.html")
 # The page and what it does come in one piece and talk to this server only.
 PAGE_POLICY = (
@@ -65,8 +67,11 @@ class Desk:
   def check_key(self, request: Request):
     if self.api_key is None:
       return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-    if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+    # Headers are bytes, which Starlette reads as Latin-1.
+    given = request.headers.get("authorization", "").encode("latin-1")
+    scheme, _, key = given.strip().partition(b" ")
+    right = hmac.compare_digest(key.strip(), self.api_key.encode())
+    if not (right and scheme.lower() == b"bearer"):
       raise RequestError(
         "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
         status=401,
@@ -81,13 +86,13 @@ class Desk:
       stream = rows.stream(request, style)
       return StreamingResponse(stream, media_type="text/event-stream", headers=head)
     tree = await rows.whole(request, style)
-    return JSONResponse(tree) if tree is not None else Response(status_code=499)
+    return JSONResponse(tree) if tree is not None else Response(status_code=GONE)
 
   def submit(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> Rows:
     config = self.served.config(ask)
     rows = Rows(ask, loop, self.scheduler.cancel, self.metrics)
     jobs: list[Job] = []
-    for index, (made, answer, prompt) in enumerate(self.served.requests(ask, config)):
+    for index, (made, answer, prompt) in enumerate(self.served.requests(ask, config, self.limits)):
       job = Job(config=config, request=made, listen=rows.listener(index))
       rows.add(job, answer, prompt)
       jobs.append(job)
@@ -207,9 +212,13 @@ async def read_json(request: Request, most: int) -> object:
         f"the body is longer than {most} bytes", status=413, code="request_too_large"
       )
   try:
-    return json.loads(body)
+    text = body.decode("utf-8-sig")
+    tree = json.loads(text)
+    if "\\ud" in text.lower():
+      json.dumps(tree, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
   except (ValueError, RecursionError) as error:
     raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from None
+  return tree
 
 
 def add_errors(app: FastAPI):
@@ -223,8 +232,13 @@ def add_errors(app: FastAPI):
   @app.exception_handler(HTTPException)
   async def no_such_path(request: Request, error: HTTPException):
     message = f"{request.method} {request.url.path}: {error.detail}"
-    tree = RequestError(message, status=error.status_code, code="not_found").to_tree()
-    return JSONResponse(tree, status_code=error.status_code)
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    tree = RequestError(message, status=error.status_code, code=code).to_tree()
+    return JSONResponse(tree, status_code=error.status_code, headers=error.headers)
+
+  @app.exception_handler(ClientDisconnect)
+  async def left(*_):
+    return Response(status_code=GONE)  # in the middle of its request; for the metrics only
 
   @app.exception_handler(Exception)
   async def failed(_, error: Exception):
@@ -242,7 +256,7 @@ class _Counting:
   async def __call__(self, scope, receive, send):
     if scope["type"] != "http":
       return await self._app(scope, receive, send)
-    begin, status = time.monotonic(), 500
+    begin, status = time.monotonic(), GONE
 
     async def noting(message):
       nonlocal status
@@ -252,6 +266,9 @@ class _Counting:
 
     try:
       await self._app(scope, receive, noting)
+    except Exception:
+      status = 500
+      raise
     finally:
       path = scope["path"] if scope["path"] in self._paths else "other"
       self._metrics.answered(path, status, time.monotonic() - begin)

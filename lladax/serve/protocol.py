@@ -7,7 +7,6 @@ what was asked for, or there is none.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -171,7 +170,7 @@ class _Fields:
 
   def done(self):
     for name in self._left.keys() & NEUTRAL.keys():
-      if self._left[name] not in NEUTRAL[name]:
+      if not any(_same(self._left[name], value) for value in NEUTRAL[name]):
         hint = ""
         if name in ("logprobs", "top_logprobs"):
           hint = '; "frames": true tells the confidence with which each token was written'
@@ -191,6 +190,11 @@ _NAMES = {
   str: "a string", list: "a list", dict: "an object", int: "a whole number", float: "a number",
   bool: "true or false",
 }  # fmt: skip
+
+
+def _same(a: Any, b: Any) -> bool:
+  # Python takes 0 for False; to OpenAI `logprobs: 0` asks for those of the written tokens.
+  return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _kind(value: Any) -> str:
@@ -222,7 +226,6 @@ def _shared(fields: _Fields, limits: Limits, lengths: Sequence[str], prompts: in
       param="n",
       code="too_many_answers",
     )
-  options = fields.take("stream_options", dict) or {}
   shared = {
     "model": fields.take("model", str),
     "max_tokens": next((x for x in given if x is not None), None),
@@ -234,7 +237,7 @@ def _shared(fields: _Fields, limits: Limits, lengths: Sequence[str], prompts: in
     ),
     "stop": _stops(fields.take("stop", (str, list))),
     "stream": bool(fields.take("stream", bool)),
-    "include_usage": bool(options.get("include_usage")),
+    "include_usage": _include_usage(fields.take("stream_options", dict) or {}),
     "frames": bool(fields.take("frames", bool)),
     "sampler": _assignments(fields.take("sampler", dict)),
   }
@@ -243,8 +246,8 @@ def _shared(fields: _Fields, limits: Limits, lengths: Sequence[str], prompts: in
 
 
 def _number(fields: _Fields, name: str, low: float, high: float, *, open_below=False):
-  def fits(value):
-    return math.isfinite(value) and low <= value <= high and not (open_below and value == low)
+  def fits(value):  # NaN lies nowhere
+    return low <= value <= high and not (open_below and value == low)
 
   edge = f"above {low} and at most {high}" if open_below else f"from {low} to {high}"
   value = fields.take(name, (int, float), check=fits, expected=f"a number {edge}")
@@ -306,6 +309,20 @@ def _message(message: Any, path: str) -> dict:
   return {**message, "role": role, "content": content}
 
 
+def _include_usage(options: dict) -> bool:
+  given = {name: value for name, value in options.items() if value is not None}
+  # OpenAI's padding of pieces, so that their length tells an eavesdropper nothing: not here.
+  padding = given.pop("include_obfuscation", False)
+  usage = given.pop("include_usage", False)
+  if given or padding is not False or not isinstance(usage, bool):
+    raise RequestError(
+      f'stream_options: expected {{"include_usage": true or false}}, got {_short(options)}',
+      param="stream_options",
+      code="invalid_value",
+    )
+  return usage
+
+
 def _stops(value: str | list | None) -> tuple[str, ...]:
   stops = [value] if isinstance(value, str) else value or []
   fits = all(isinstance(stop, str) and 0 < len(stop) <= 256 for stop in stops)
@@ -321,7 +338,7 @@ def _stops(value: str | list | None) -> tuple[str, ...]:
 
 def _assignments(value: dict | None) -> tuple[str, ...]:
   for name, content in (value or {}).items():
-    if not isinstance(content, str | int | float | bool | None):
+    if not isinstance(content, str | int | float | bool | None) or len(str(content)) > 256:
       raise RequestError(
         f'sampler.{name}: expected a value as on the command line, such as "Threshold(0.9)", got '
         f"{_short(content)}",

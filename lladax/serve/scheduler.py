@@ -31,6 +31,10 @@ class Stopping(Exception):
   """The server takes no more requests."""
 
 
+class Refused(Exception):
+  """What the engine says of a request, or of a sampler, that it does not take."""
+
+
 @dataclasses.dataclass(eq=False)
 class Job:
   """One row on its way.
@@ -136,11 +140,18 @@ class Scheduler:
       self._changed.notify()
 
   def cancel(self, jobs: Sequence[Job]):
-    """Forgets jobs, waiting or decoded. Nothing happens to those that are done."""
+    """Forgets jobs. Those that wait make room at once, those that are decoded after their block.
+
+    Nothing happens to those that are done.
+    """
     with self._changed:
+      gone = [job for job in jobs if job in self._waiting]
+      for job in gone:
+        self._waiting.remove(job)
       for job in jobs:
         job.cancelled = True
       self._changed.notify()
+    self._metrics.cancelled(len(gone))
 
   def stop(self, *, drain: bool = True, timeout: float | None = None):
     """Takes no more jobs and waits for the thread.
@@ -195,15 +206,12 @@ class Scheduler:
     return [job for job in jobs if not job.cancelled]
 
   def _drop_cancelled(self):
-    with self._changed:
-      gone = [job for job in self._waiting if job.cancelled]
-      for job in gone:
-        self._waiting.remove(job)
     for lane in self._lanes.values():
-      for ticket in [ticket for ticket, job in lane.jobs.items() if job.cancelled]:
+      gone = [ticket for ticket, job in lane.jobs.items() if job.cancelled]
+      for ticket in gone:
         lane.engine.cancel(ticket)
-        gone.append(lane.jobs.pop(ticket))
-    self._metrics.cancelled(len(gone))
+        del lane.jobs[ticket]
+      self._metrics.cancelled(len(gone))
 
   def _admit(self):
     """Moves waiting jobs into free slots."""
@@ -211,7 +219,7 @@ class Scheduler:
       waiting = list(self._waiting)
     full: set[SamplerConfig] = set()
     for job in waiting:
-      if job.config in full:
+      if job.config in full or job.cancelled:
         continue
       try:
         lane = self._lane(job.config)
@@ -220,14 +228,27 @@ class Scheduler:
         if not lane.engine.free:
           full.add(job.config)
           continue
-        lane.jobs[lane.engine.add(job.request)] = job
+        ticket = lane.engine.add(job.request)
+      except ValueError as error:
+        self._refuse(job, Refused(str(error)))
+      except Exception as error:  # out of memory
+        logging.exception("an engine could not take a request")
+        self._refuse(job, error)
+      else:
+        with self._changed:
+          if job.cancelled:  # it left meanwhile
+            lane.engine.cancel(ticket)
+            continue
+          self._waiting.remove(job)
+          lane.jobs[ticket] = job
         self._metrics.started(time.monotonic() - job.submitted)
-      except Exception as error:  # a request or sampler that the engine refuses, or out of memory
-        if not isinstance(error, ValueError):
-          logging.exception("an engine could not take a request")
-        job.listen(error)
-      with self._changed:
-        self._waiting.remove(job)
+
+  def _refuse(self, job: Job, error: Exception):
+    with self._changed:
+      if job.cancelled:
+        return
+      self._waiting.remove(job)
+    job.listen(error)
 
   def _lane(self, config: SamplerConfig) -> _Lane | None:
     """The lane of a sampler, opened if need be; None if that has to wait."""
@@ -251,7 +272,8 @@ class Scheduler:
       logging.exception("decoding failed")
       del self._lanes[config]
       for job in lane.jobs.values():
-        job.listen(error)
+        if not job.cancelled:
+          job.listen(error)
       return
     self._metrics.stepped(time.monotonic() - begin, rows=len(lane.jobs), updates=updates)
     for update in updates:

@@ -8,10 +8,11 @@ import secrets
 import time
 
 from lladax.config import ConfigError, override
-from lladax.infer import SamplerConfig, engine
+from lladax.infer import BlockCausal, SamplerConfig, engine
+from lladax.infer.generate import check_network
 from lladax.model import Model
 from lladax.serve.answers import Answer
-from lladax.serve.protocol import Ask, RequestError
+from lladax.serve.protocol import Ask, Limits, RequestError
 from lladax.serve.scheduler import Job, Scheduler
 
 
@@ -35,7 +36,7 @@ class Served:
   created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
   def check(self):
-    """Raises ValueError for a model that cannot be served, or a length that it cannot have."""
+    """Raises ValueError for a model that cannot be served so, or a length that it cannot have."""
     model, block = self.model, self.model.sampler.block_length
     if model.tokenizer is None:
       raise ValueError("this model has no tokenizer: there is no text to serve")
@@ -47,6 +48,7 @@ class Served:
         f"length lies between one block of {block} tokens and the model's context of {context}; "
         f"got {self.length}"
       )
+    check_network(model.denoiser(model.sampler), model.sampler)
 
   @property
   def eos_ids(self) -> tuple[int, ...]:
@@ -85,71 +87,90 @@ class Served:
     except (ConfigError, ValueError) as error:
       raise RequestError(f"sampler: {error}", param="sampler", code="invalid_value") from None
 
-  def rows(self, ask: Ask) -> list[tuple[list[int], list[int] | None]]:
+  def rows(self, ask: Ask, config: SamplerConfig) -> list[tuple[list[int], list[int] | None]]:
     """Ids of each prompt, and of what follows the answer if anything does.
 
     Raises:
       RequestError: for text or ids that the model cannot read.
     """
-    model, special = self.model, self.model.config.mask_token_id
+    model, param = self.model, "messages" if ask.messages else "prompt"
     encode = model.tokenizer.encode
     try:
-      suffix = None if ask.suffix is None else encode(ask.suffix)
       if ask.messages:
-        return [(model.chat_prompt(ask.messages), suffix)]
-      rows = [encode(p) if isinstance(p, str) else list(p) for p in ask.prompts]
+        rows = [model.chat_prompt(ask.messages)]
+      else:
+        rows = [encode(p) if isinstance(p, str) else list(p) for p in ask.prompts]
+      suffix = None if ask.suffix is None else encode(ask.suffix)
     except ValueError as error:
-      param = "messages" if ask.messages else "prompt"
       raise RequestError(str(error), param=param, code="invalid_value") from None
-    vocabulary = model.config.vocab_size
-    for row in rows:
-      bad = next((i for i in row if not 0 <= i < vocabulary or i == special), None)
-      if bad is not None:
-        raise RequestError(
-          f"prompt: id {bad} is MASK or outside the vocabulary of {vocabulary}; for text to be "
-          "filled in between use suffix",
-          param="prompt",
-          code="invalid_value",
-        )
+    if suffix is not None and isinstance(config.cache, BlockCausal):
+      raise RequestError(
+        "suffix: this model writes block after block and does not see what follows a gap",
+        param="suffix",
+        code="unsupported",
+      )
+    self._check_ids(param, *rows)
+    self._check_ids("suffix", suffix or [])
     return [(row, suffix) for row in rows]
 
-  def requests(self, ask: Ask, config: SamplerConfig) -> list[tuple[engine.Request, Answer, int]]:
+  def _check_ids(self, param: str, *rows: list[int]):
+    vocabulary, mask = self.model.config.vocab_size, self.model.config.mask_token_id
+    bad = next((i for row in rows for i in row if not 0 <= i < vocabulary or i == mask), None)
+    if bad is not None:
+      raise RequestError(
+        f"{param}: id {bad} is MASK or outside the vocabulary of {vocabulary}; for text to be "
+        "filled in between use suffix",
+        param=param,
+        code="invalid_value",
+      )
+
+  def room(self, config: SamplerConfig, given: int, *, infill: bool = False) -> int:
+    """Most tokens that can be written beside so many given ones, in whole blocks."""
+    block = config.block_length
+    if infill or config.align_blocks:  # blocks are counted from the start of the row
+      return max(self.length // block * block - given, 0)
+    return max((self.length - given) // block * block, 0)
+
+  def requests(
+    self, ask: Ask, config: SamplerConfig, limits: Limits
+  ) -> list[tuple[engine.Request, Answer, int]]:
     """For each answer: what the engine gets, where the answer is collected, the prompt's length.
 
     Raises:
       RequestError: for prompts that do not fit.
     """
-    length = ask.max_tokens or config.gen_length
-    block = config.block_length
-    whole = -(-length // block) * block  # the engine writes whole blocks; what is more is cut
-    mask = self.model.config.mask_token_id
+    block, mask = config.block_length, self.model.config.mask_token_id
     seed = secrets.randbits(31) if ask.seed is None else ask.seed
     made = []
-    for number, (row, suffix) in enumerate(self.rows(ask)):
-      fixed = len(row) + len(suffix or ())
-      room = self.length - (length if suffix is not None else whole)
-      if fixed > room:
+    for number, (row, suffix) in enumerate(self.rows(ask, config)):
+      infill = suffix is not None
+      given = len(row) + len(suffix or ())
+      room = self.room(config, given, infill=infill)
+      # Who does not say how much gets what the sampler says, as far as there is room.
+      length = ask.max_tokens or min(config.gen_length, limits.max_tokens, max(room, 1))
+      if length > room:
         raise RequestError(
-          f"this model's context is {self.length} tokens; the prompt has {fixed} and max_tokens is "
-          f"{length} (in whole blocks of {block}): at most {max(room, 0)} fit beside it",
+          f"this model's context is {self.length} tokens; the prompt has {given} and max_tokens is "
+          f"{length} (in whole blocks of {block}): at most {room} fit beside it",
           param="messages" if ask.messages else "prompt",
           code="context_length_exceeded",
         )
+      whole = min(-(-length // block) * block, room)  # what is more than asked for is cut
       for copy in range(ask.n):
         row_seed = (seed + number * ask.n + copy) % (1 << 31)
-        if suffix is None:
-          request = engine.Request(ids=row, gen_length=whole, seed=row_seed)
-        else:
+        if infill:
           ids = [*row, *[mask] * length, *suffix]
           request = engine.Request(ids=ids, seed=row_seed, infill=True)
+        else:
+          request = engine.Request(ids=row, gen_length=whole, seed=row_seed)
         answer = Answer(
           self.model.decode,
-          first=0 if suffix is None else len(row),
+          first=len(row) if infill else 0,
           length=length,
           eos_ids=self.eos_ids,
           stop=ask.stop,
         )
-        made.append((request, answer, fixed))
+        made.append((request, answer, given))
     return made
 
   async def warm_up(self, scheduler: Scheduler):
@@ -167,8 +188,7 @@ class Served:
         loop.call_soon_threadsafe(done.set)
 
     config = self.config(Ask())
-    length = min(config.gen_length, self.length - config.block_length)
-    length -= length % config.block_length
+    length = min(config.gen_length, self.room(config, 1))
     request = engine.Request(ids=[self.eos_ids[0]], gen_length=length)
     scheduler.submit([Job(config=config, request=request, listen=listen)])
     await done.wait()

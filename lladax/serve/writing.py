@@ -17,7 +17,7 @@ from lladax.infer.engine import Update
 from lladax.serve.answers import Answer, Delta
 from lladax.serve.metrics import Metrics
 from lladax.serve.protocol import Ask, RequestError
-from lladax.serve.scheduler import Job, Listen, Stopping
+from lladax.serve.scheduler import Job, Listen, Refused, Stopping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,11 @@ class Rows:
     Raises:
       RequestError: if one of them failed.
     """
-    async for _ in self._deltas(request):
-      pass
+    try:
+      async for _ in self._deltas(request):
+        pass
+    except Exception as error:
+      raise _refusal(error) from None
     if not self._finished:
       return None
     self._count()
@@ -133,8 +136,8 @@ class Rows:
       async for index, delta in self._deltas(request):
         if delta.text or delta.finish_reason or self._ask.frames:
           yield event(index, style.piece(delta.text), delta.finish_reason, delta.frames)
-    except RequestError as error:  # the status has been sent already
-      yield _event(error.to_tree())
+    except Exception as error:  # the status has been sent already
+      yield _event(_refusal(error).to_tree())
       return
     finally:
       self._cancel(self._unfinished())
@@ -149,7 +152,7 @@ class Rows:
     """Blocks as they come, until all answers have ended or the client has gone.
 
     Raises:
-      RequestError: if an answer failed.
+      Exception: whatever an answer failed with.
     """
     gone = arrives = asyncio.ensure_future(_until_gone(request))
     try:
@@ -160,7 +163,7 @@ class Rows:
           return
         index, event = arrives.result()
         if isinstance(event, Exception):
-          raise _refusal(event)
+          raise event
         answer = self._answers[index]
         if answer.finish_reason is None:
           delta = answer.take(event)
@@ -220,9 +223,9 @@ async def _until_gone(request: Request):
 def _refusal(error: Exception) -> RequestError:
   if isinstance(error, Stopping):
     return RequestError(str(error), status=503, code="unavailable")
-  if isinstance(error, ValueError):  # the engine's word about this request
+  if isinstance(error, Refused):
     return RequestError(str(error), code="invalid_value")
-  logging.error("an answer failed: %r", error)
+  logging.error("an answer failed: %r", error, exc_info=error)
   return RequestError("the server failed on this request", status=500, code="failed")
 
 

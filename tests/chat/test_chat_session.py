@@ -1,5 +1,6 @@
 """The chat: lines in, answers out, everything kept, nothing lost when it is stopped."""
 
+import dataclasses
 import io
 import json
 import re
@@ -13,15 +14,10 @@ from lladax.data import Bytes, train_bpe
 from lladax.hub import BUILT_IN, Chat
 from lladax.infer import SamplerConfig
 from lladax.infer.earlier import Earlier
-from lladax.infer.engine import Update
-from lladax.infer.view import MASK_GLYPH
+from lladax.infer.engine import Engine, Update
+from lladax.infer.view import MASK_GLYPH, PICTURES
 
 SAMPLER = SamplerConfig(gen_length=16, steps=8, block_length=8, temperature=0.9)
-
-
-@pytest.fixture(scope="module")
-def text_model():
-  return small_model(Bytes(), context=128, sampler=SAMPLER)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +25,12 @@ def chat_model():
   tokenizer = train_bpe(["User:\nto be\n\nAssistant:\nor not to be"], 280)
   conversation = Chat(tokenizer, BUILT_IN["plain"])
   return small_model(tokenizer, context=128, sampler=SAMPLER, conversation=conversation)
+
+
+@pytest.fixture(scope="module")
+def text_model(chat_model):
+  """The same without a template, so that nothing is compiled again."""
+  return dataclasses.replace(chat_model, conversation=None)
 
 
 def session_of(model, *, terminal=False, **options):
@@ -74,7 +76,8 @@ def test_a_model_without_a_template_continues_the_text(text_model):
   first = text_model.generate("to be", seed=0)
   assert session.conversation.text.startswith(f"to be{first}\nor")
   # A text that outgrows the context is cut on its left.
-  assert session.conversation.prompt("xyz", 2) == [*b"yz"]
+  ids = text_model.tokenizer.encode(f"{session.conversation.text}\nxyz")
+  assert session.conversation.prompt("xyz", 2) == ids[-2:]
   assert session.conversation.prompt("xyz", 0) == []
 
 
@@ -85,7 +88,7 @@ def test_a_terminal_sees_masks_become_text_and_keeps_the_text(text_model):
   assert MASK_GLYPH * 16 in shown and "16 masked" in shown and "0 masked" in shown
   assert "\x1b[38;2;" in shown  # confidence as colour
   plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
-  answer = session.conversation.text.removeprefix("to be")
+  answer = session.conversation.text.removeprefix("to be").translate(PICTURES)
   assert "".join(answer.split()) in "".join(plain.split())
 
 
@@ -141,6 +144,22 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_written(text_model, terminal
   session.command("reset")
   talk(session, script("to be"))  # the engine has forgotten the stopped one
   assert session.conversation.text == "to be" + first
+
+
+def test_a_failure_is_told_and_the_next_line_is_answered(text_model, monkeypatch):
+  session, out = session_of(text_model)
+  failures = [RuntimeError("out of memory")]
+  step = Engine.step
+
+  def failing(engine):
+    if failures:
+      raise failures.pop()
+    return step(engine)
+
+  monkeypatch.setattr(Engine, "step", failing)
+  talk(session, script("to be", "\udcff", "to be"))
+  assert "error: out of memory" in out.getvalue() and "surrogates not allowed" in out.getvalue()
+  assert session.conversation.text == "to be" + text_model.generate("to be", seed=0)
 
 
 def test_a_record_is_a_page_and_a_gif(text_model, tmp_path):

@@ -43,7 +43,6 @@ CONFIG = dataclasses.replace(
   pad_token_id=PAD,
   initializer_range=0.3,  # so that what is written depends on what is there
 )
-PARAMS = init_params(CONFIG, jax.random.key(3))
 # None of them empty: on a canvas of masks alone all positions tie, and rounding chooses.
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1], [4]]
 BASE = SamplerConfig(gen_length=16, steps=16, block_length=8)
@@ -52,8 +51,14 @@ CACHES = (
 )  # fmt: skip
 
 
-def run(config, prompts=PROMPTS, *, network=None, params=PARAMS, **options):
+@functools.cache
+def weights():
+  return init_params(CONFIG, jax.random.key(3))
+
+
+def run(config, prompts=PROMPTS, *, network=None, params=None, **options):
   network = Denoiser(CONFIG) if network is None else network
+  params = weights() if params is None else params
   return generate(
     network, params, prompts, config, mask_id=MASK, eos_id=EOS, pad_id=PAD, prompt_multiple=16,
     **options,
@@ -84,15 +89,15 @@ def test_refreshed_in_every_step_is_no_cache(cache):
 )  # fmt: skip
 def test_a_window_reads_what_the_whole_does_while_nothing_has_changed(shift, apart, block_length):
   """Of layers that are `apart` the last one computes no more columns than are asked for."""
-  config, params = dataclasses.replace(CONFIG, shift=shift), PARAMS
+  config, params = dataclasses.replace(CONFIG, shift=shift), weights()
   network = Denoiser(config, block_length)
   tokens = jax.random.randint(jax.random.key(0), (3, 24), 0, 30)
   segments = jnp.ones((3, 24), jnp.int32).at[1, 20:].set(0)
   positions = jnp.broadcast_to(jnp.arange(24), (3, 24))
   at, canvas = jnp.array([4, 11, 0]), (tokens, positions, segments)
-  everywhere = network(PARAMS, *canvas)
+  everywhere = jax.jit(network)(weights(), *canvas)
   if apart:
-    config, params = for_inference(config, PARAMS)
+    config, params = for_inference(config, weights())
     network = Denoiser(config, block_length)
   logits, memory = jax.jit(functools.partial(network.read, width=8, keep=True))(
     params, *canvas, at=at
@@ -135,9 +140,9 @@ def test_block_causal_cache_is_exact(name):
   network = Denoiser(dataclasses.replace(CONFIG, shift=name == "shifted"), block_length=8)
   config = dataclasses.replace(BY_BLOCKS, **EXACT[name])
   plain = run(config, network=network, seeds=4)
-  params = PARAMS
+  params = weights()
   if name == "apart":
-    of_network, params = for_inference(CONFIG, PARAMS)
+    of_network, params = for_inference(CONFIG, weights())
     network = Denoiser(of_network, block_length=8)
   cached = dataclasses.replace(config, cache=BlockCausal())
   cached = run(cached, network=network, params=params, seeds=4)
@@ -157,9 +162,9 @@ def test_a_block_with_nothing_to_write_is_read_once():
   some = [1, 2, MASK, MASK, MASK, 3, 4, 5]
   rows = [full + some + full + some, some + full + full + some + full, some + some + some + full]
   options = {"mask_id": MASK, "eos_id": EOS, "pad_id": PAD, "block_length": 8}
-  plain = infill(network, PARAMS, rows, config, **options)
+  plain = infill(network, weights(), rows, config, **options)
   cached = infill(
-    network, PARAMS, rows, dataclasses.replace(config, cache=BlockCausal()), **options
+    network, weights(), rows, dataclasses.replace(config, cache=BlockCausal()), **options
   )
   assert texts(cached) == texts(plain)
   # Between the first block that is written and the last of the row.
@@ -168,7 +173,7 @@ def test_a_block_with_nothing_to_write_is_read_once():
 
 
 def test_rows_of_an_engine_begin_while_others_are_at_later_blocks():
-  ready, params = for_inference(CONFIG, PARAMS)
+  ready, params = for_inference(CONFIG, weights())
   config = dataclasses.replace(
     BY_BLOCKS, unmask=Threshold(0.3), temperature=0.7, cache=BlockCausal()
   )
@@ -313,7 +318,7 @@ def test_frames_show_what_was_written_and_taken_back(edit):
 def engine_updates(config):
   """The updates of each prompt, in the shapes that `run` has compiled."""
   ids = {"mask_id": MASK, "eos_ids": EOS, "pad_id": PAD}
-  engine = Engine(Denoiser(CONFIG), PARAMS, config, slots=3, length=32, **ids)
+  engine = Engine(Denoiser(CONFIG), weights(), config, slots=3, length=32, **ids)
   for prompt in PROMPTS:
     engine.add(Request(ids=prompt))
   updates = [[] for _ in PROMPTS]

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from test_caching import CONFIG, PARAMS, PROMPTS, run
+from test_caching import CONFIG, PROMPTS, run
 
 from lladax.infer.published import PUBLISHED, dinfer, llada
 from lladax.models import Denoiser
@@ -15,7 +15,7 @@ def test_it_decodes(name):
   config = PUBLISHED[name](gen_length=32)
   config = dataclasses.replace(config, top_k=5)
   causal = config.block_length if type(config.cache).__name__ == "BlockCausal" else None
-  result = run(config, network=Denoiser(CONFIG, block_length=causal), params=PARAMS)
+  result = run(config, network=Denoiser(CONFIG, block_length=causal))
   for row, prompt in enumerate(PROMPTS):
     written = result.row(row)
     assert written[: len(prompt)] == prompt and len(written) == len(prompt) + 32

@@ -50,6 +50,13 @@ def test_one_glyph_per_mask_and_the_text_between_masks_intact(sample):
   assert shown[-1] == text
 
 
+def test_what_a_model_writes_gives_the_terminal_no_orders():
+  places = [Shown(text, 0, 1.0) for text in ("\x1b[2J", "a\n", "\x9b1m")]
+  assert crystallising(places, 1).plain == "\u241b[2Ja\n\ufffd1m"
+  result = result_of("\x1bc", [0, 0])
+  assert list(styled_frames(result, decode))[-1].plain == "\u241bc"
+
+
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(text_and_order)
 def test_styled_frames_say_the_same_as_plain_ones(sample):

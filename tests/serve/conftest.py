@@ -1,5 +1,7 @@
 """Models for the server's tests: a tiny real one, and one whose network is never asked."""
 
+import dataclasses
+
 import pytest
 from small_models import small_config, small_model
 
@@ -22,7 +24,7 @@ def paper_model():
   """No parameters: for servers over a stand-in. It reads bytes and has a chat template."""
   chat_tokenizer = train_bpe(["User: to be\n\nAssistant: or not to be"], 300)
   return lladax.Model(
-    config=small_config(Bytes(), context=96),
+    config=dataclasses.replace(small_config(Bytes(), context=96), vocab_size=300),
     params={},
     tokenizer=Bytes(),
     sampler=SAMPLER,

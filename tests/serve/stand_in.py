@@ -62,7 +62,7 @@ class StandIn:
       assert self._gate.acquire(timeout=20)
     self.steps += 1
     if any(tuple(row.request.ids) in self._breaks for row in self.rows.values()):
-      raise RuntimeError("out of memory, says the stand-in")
+      raise ValueError("no such shape, says the stand-in")
     return [self._block(ticket, row) for ticket, row in list(self.rows.items())]
 
   def cancel(self, ticket: int):

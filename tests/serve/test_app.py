@@ -3,6 +3,7 @@
 import concurrent.futures
 import gc
 import json
+import socket
 import threading
 
 import httpx
@@ -50,6 +51,7 @@ def test_a_completion(client, server):
   assert choice.finish_reason == "length"
   assert made.usage.prompt_tokens == 5 and made.usage.completion_tokens == 11
   assert made.usage.forward_passes == 4 and made.object == "text_completion"
+  type(made).model_validate(made.model_dump())  # every field is there and of its type
 
 
 def test_an_answer_ends_at_end_of_text(client):
@@ -121,8 +123,10 @@ def test_chat(client, server, paper_model):
   request, config = Request(ids=ids, gen_length=16, seed=2), server.served.config(Ask())
   text = bytes(written(request, config, len(ids) + i) for i in range(16)).decode()
   assert made.choices[0].message.content == text and made.choices[0].message.role == "assistant"
+  type(made).model_validate(made.model_dump())
   stream = client.chat.completions.create(model="tiny", messages=messages, seed=2, stream=True)
-  deltas = [chunk.choices[0].delta for chunk in stream]
+  chunks = [type(chunk).model_validate(chunk.model_dump()) for chunk in stream]
+  deltas = [chunk.choices[0].delta for chunk in chunks]
   assert deltas[0].role == "assistant"
   assert "".join(delta.content or "" for delta in deltas) == text
 
@@ -171,18 +175,21 @@ def test_a_request_may_set_the_sampler_where_the_server_lets_it(client, server, 
     ("completions", b"[" * 100_000, 400, "the body is not JSON"),
     ("completions", b"\xff\xfe", 400, "the body is not JSON"),
     ("completions", b"", 400, "the body is not JSON"),
+    ("completions", b'{"\\ud800": 1}', 400, "the body is not JSON"),  # half of a character
+    ("completions", b'{"prompt": "\xed\xa0\x80"}', 400, "the body is not JSON"),
     ("completions", b'"a"', 400, "the body is a JSON object"),
     ("completions", b"{}", 400, "prompt is missing"),
     ("completions", b'{"prompt": "%s"}' % (b"a" * (1 << 20)), 413, "longer than 1048576 bytes"),
     ("completions", b'{"prompt": "%s"}' % (b"a" * 90), 400, "the prompt has 90 and max_tokens is"),
     ("completions", b'{"prompt": [257]}', 400, "id 257 is MASK"),
-    ("completions", b'{"prompt": [258]}', 400, "outside the vocabulary of 258"),
+    ("completions", b'{"prompt": [300]}', 400, "outside the vocabulary of 300"),
     ("completions", b'{"prompt": [0]}', 400, "takes no prompt that begins with 0"),
     ("completions", b'{"prompt": "a", "model": "gpt"}', 404, "there is no model 'gpt' here"),
     ("chat/completions", b'{"messages": []}', 400, "messages: expected at least one"),
     ("chat/completions", b'{"messages": [{"role": "x", "content": "a"}]}', 400, "got 'x'"),
     ("chat/completions", b'{"messages": [{"role": "user"}]}', 400, "content: expected text"),
     ("embeddings", b"{}", 404, "Not Found"),
+    ("models", b"{}", 405, "Method Not Allowed"),
   ],
 )
 def test_bad_requests_get_an_error_as_openai_writes_it(server, path, body, status, message):
@@ -215,8 +222,11 @@ def test_a_model_without_a_template_does_not_chat(text_model):
 
 def test_a_key_is_asked_for(paper_model):
   with Running(paper_model, api_key=KEY) as running:
-    for key, allowed in ((KEY, True), ("another", False), ("é", False)):
-      head = {"Authorization": f"Bearer {key}".encode()}
+    for key, allowed in (
+      (f"Bearer {KEY}", True), (f"bearer {KEY}", True), (KEY, False), ("Bearer another", False),
+      ("Bearer é", False), ("Bearer", False), ("", False),
+    ):  # fmt: skip
+      head = {"Authorization": key.encode()}
       body = {"prompt": "a"}
       reply = httpx.post(f"{running.url}/v1/completions", json=body, headers=head)
       assert reply.status_code == (200 if allowed else 401), key
@@ -226,6 +236,9 @@ def test_a_key_is_asked_for(paper_model):
       openai.OpenAI(base_url=f"{running.url}/v1", api_key="x", max_retries=0).models.list()
     assert httpx.get(f"{running.url}/health").status_code == 200
     assert httpx.post(f"{running.url}/v1/completions", json={}).status_code == 401
+  with Running(paper_model, api_key="clé") as running:
+    head = {"Authorization": "Bearer clé".encode()}
+    assert httpx.get(f"{running.url}/v1/models", headers=head).status_code == 200
 
 
 def test_a_full_queue_says_so_and_nothing_is_lost(paper_model):
@@ -266,6 +279,38 @@ def test_who_hangs_up_is_forgotten(paper_model, stream, caplog):
       assert running.scheduler.active == 0 and running.engines[0].steps == 1
       gc.collect()
       assert "Task was destroyed" not in caplog.text
+
+
+def test_who_hangs_up_in_the_middle_of_a_request_is_no_failure(paper_model, caplog):
+  with Running(paper_model) as running:
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+      client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+    labels = {"endpoint": "/v1/completions", "status": "499"}
+    until(lambda: running.metrics.value("requests_total", **labels) == 1)
+  assert "Traceback" not in caplog.text
+
+
+def test_who_hangs_up_while_his_prompt_is_read_is_forgotten(paper_model):
+  reading, read = threading.Event(), threading.Event()
+
+  def requests(*args):
+    reading.set()
+    assert read.wait(20)
+    return made(*args)
+
+  with opened_later(threading.Semaphore(0)) as gate:
+    with Running(paper_model, engine={"gate": gate}) as running:
+      made = running.served.requests
+      object.__setattr__(running.served, "requests", requests)
+      body = {"prompt": "a", "stream": True, "max_tokens": 64}
+      with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{running.url}/v1/completions", json=body, timeout=0.3)
+      assert reading.wait(20)
+      read.set()
+      until(lambda: running.metrics.value("request_seconds_count", endpoint="/v1/completions") == 1)
+      gate.release(1)  # the block that may have been begun
+      until(lambda: running.metrics.value("cancelled_total") == 1)
 
 
 def test_a_failure_inside_is_a_plain_500(paper_model):
@@ -343,6 +388,14 @@ def test_an_answer_is_decoded_before_anybody_asks(paper_model):
     assert running.engines[0].steps == 2 and not running.engines[0].rows
 
 
+def test_without_a_number_an_answer_is_as_long_as_there_is_room(server, client):
+  for prompt, count in (("a" * 70, 16), ("a" * 85, 8)):  # the context is 96, a block 8
+    made = client.completions.create(model="tiny", prompt=prompt)
+    assert made.usage.completion_tokens == count
+  with pytest.raises(openai.BadRequestError, match="at most 8 fit beside it"):
+    client.completions.create(model="tiny", prompt="a" * 85, max_tokens=9)
+
+
 def test_limits_are_the_servers(paper_model):
   limits = Limits(max_tokens=4, rows=2, body_bytes=100)
   with Running(paper_model, limits=limits) as running:
@@ -351,3 +404,5 @@ def test_limits_are_the_servers(paper_model):
       ({"prompt": "a" * 100}, 413), ({"prompt": "a", "max_tokens": 4}, 200),
     ):  # fmt: skip
       assert httpx.post(f"{running.url}/v1/completions", json=body).status_code == status
+    reply = httpx.post(f"{running.url}/v1/completions", json={"prompt": "a"}).json()
+    assert reply["usage"]["completion_tokens"] == 4  # and not the sampler's 16

@@ -83,6 +83,7 @@ def test_temperatures_are_rounded_so_that_few_are_compiled():
     ({"prompt": "a", "temperature": 2.1}, "temperature: expected a number from 0 to 2", None),
     ({"prompt": "a", "temperature": float("nan")}, "got nan", "temperature"),
     ({"prompt": "a", "top_p": 0}, "top_p: expected a number above 0 and at most 1, got 0", None),
+    ({"prompt": "a", "temperature": 10**400}, "temperature: expected a number", "temperature"),
     ({"prompt": "a", "seed": "x"}, "seed: expected a whole number of 64 bits, got 'x'", "seed"),
     ({"prompt": "a", "seed": 1 << 70}, "seed: expected a whole number of 64 bits", "seed"),
     ({"prompt": "a", "stop": ""}, "stop: expected a text or at most 16 texts", "stop"),
@@ -91,6 +92,9 @@ def test_temperatures_are_rounded_so_that_few_are_compiled():
     ({"prompt": "a", "stream": "yes"}, "stream: expected true or false, got 'yes'", "stream"),
     ({"prompt": "a", "echo": True}, "echo is not supported", "echo"),
     ({"prompt": "a", "logprobs": 3}, 'logprobs is not supported; "frames": true', "logprobs"),
+    ({"prompt": "a", "logprobs": 0}, "logprobs is not supported", "logprobs"),  # of the written
+    ({"prompt": "a", "stream_options": {"usage": True}}, "stream_options: expected", None),
+    ({"prompt": "a", "stream_options": {"include_usage": 1}}, "stream_options: expected", None),
     ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias is not supported", "logit_bias"),
     (
       {"prompt": "a", "temprature": 1},

@@ -8,7 +8,7 @@ from stand_in import StandIn, written
 
 from lladax.infer import SamplerConfig
 from lladax.infer.engine import Request, Update
-from lladax.serve import Job, Metrics, QueueFull, Scheduler, Stopping
+from lladax.serve import Job, Metrics, QueueFull, Refused, Scheduler, Stopping
 
 CONFIG = SamplerConfig(gen_length=8, steps=8, block_length=4)
 
@@ -168,19 +168,41 @@ def test_the_cancelled_leave_waiting_or_not_and_the_others_do_not_notice():
     assert bench.submit([5])[1][0].tokens() == answer([5])
 
 
+def test_the_cancelled_make_room_in_the_queue_at_once():
+  with Bench(gated=True, slots=1, max_queue=1) as bench:
+    bench.submit([1])
+    until(lambda: bench.scheduler.active == 1)
+    for prompt in ([2], [3], [4]):  # nothing is decoded meanwhile
+      jobs, (left,) = bench.submit(prompt)
+      bench.scheduler.cancel(jobs)
+    _, (last,) = bench.submit([5])
+    bench.open_gate()
+    assert last.tokens() == answer([5]) and not left.events
+    assert bench.metrics.value("cancelled_total") == 3 and not bench.engines[0].cancelled
+
+
 def test_a_request_that_the_engine_refuses_fails_alone():
   with Bench() as bench:
     _, (bad, good) = bench.submit([0], [1])
-    assert isinstance(bad.error(), ValueError)
+    assert isinstance(bad.error(), Refused)
     assert good.tokens() == answer([1])
 
 
 def test_a_failing_step_fails_its_rows_and_the_next_get_a_fresh_engine():
   with Bench(engine={"breaks": [(9,)]}) as bench:
     _, (broken,) = bench.submit([9])
-    assert isinstance(broken.error(), RuntimeError)
+    assert type(broken.error()) is ValueError
     assert bench.submit([1])[1][0].tokens() == answer([1])
     assert len(bench.engines) == 2 and bench.scheduler.alive
+
+
+def test_the_cancelled_do_not_hear_of_a_failure():
+  with Bench(gated=True, engine={"breaks": [(9,)]}) as bench:
+    jobs, (left, broken) = bench.submit([1], [9])
+    until(lambda: bench.scheduler.active == 2)
+    bench.scheduler.cancel(jobs[:1])
+    bench.open_gate()
+    assert broken.error() and not left.events
 
 
 def test_stopping_lets_the_last_answers_finish_and_takes_no_more():

@@ -89,7 +89,10 @@ def test_adapters_need_weights(corpus):  # noqa: F811
     experiment(corpus, lora=LORA)
 
 
-def test_weights_that_are_gone_are_named(corpus, base, tmp_path):  # noqa: F811
+def test_weights_that_are_gone_are_named(corpus, tmp_path):  # noqa: F811
+  base = tmp_path / "base"
+  with open_on_one_device(experiment(corpus), base) as run:
+    run.checkpoints.save(0, run.state)
   with open_on_one_device(adapted(corpus, base, steps=3), tmp_path / "run") as run:
     run.checkpoints.save(0, run.state)
   start = tmp_path / "run" / "start.json"

@@ -1,8 +1,11 @@
 """Fine-tuning as a run: the toy twin of the experiment, from nothing and from a pre-trained run."""
 
 import dataclasses
+import functools
 import json
+import unittest.mock
 
+import jax
 import pytest
 
 import lladax
@@ -10,13 +13,21 @@ from experiments import sft_llada_moe
 from lladax.config import ConfigError
 from lladax.data import DataConfig, train_bpe
 from lladax.experiment import Experiment, Start, open_run
-from lladax.experiment import train as train_run
+from lladax.sharding import make_mesh
 from lladax.train import read_records
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+  """One of the eight devices: a third of the time to compile."""
+  one = functools.partial(make_mesh, devices=jax.devices()[:1])
+  with unittest.mock.patch("lladax.experiment.run.make_mesh", one):
+    yield
 
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory):
-  """The workdir of a run of two steps, of the architecture of the toy twin."""
+  """The workdir of a run that has just begun, of the architecture of the toy twin."""
   folder = tmp_path_factory.mktemp("runs")
   (folder / "text.txt").write_text("some text to begin with. " * 40)
   config = Experiment(
@@ -26,7 +37,7 @@ def before(tmp_path_factory):
     steps=2,
   )
   with open_run(config, folder / "before") as run:
-    train_run(run)
+    run.checkpoints.save(0, run.state)
   return folder / "before"
 
 
@@ -44,7 +55,8 @@ def test_a_pretrained_run_learns_to_chat(before, tmp_path):
     config,
     start=Start(path=str(before), data="restart"),
     data=dataclasses.replace(config.data, tokenizer=None),
-    steps=6,
+    steps=4,
+    eval_every=4,
   )
   sft_llada_moe.train(config, tmp_path / "sft")
   records = read_records(tmp_path / "sft")

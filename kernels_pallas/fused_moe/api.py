@@ -22,7 +22,7 @@ FEW_CONVERTED = 128  # on a CPU in bfloat16 or eight bits
 MOST_TOKENS = 512  # what a TPU's kernel has room for
 
 
-def is_faster(tokens: int, k: int, weights: Weights, dtype) -> bool:
+def is_faster(tokens: int, k: int, weights: Weights, dtype, *, devices: int = 1) -> bool:
   """Whether `fused_moe` is the faster op on the platform that is traced for.
 
   Args:
@@ -30,14 +30,17 @@ def is_faster(tokens: int, k: int, weights: Weights, dtype) -> bool:
     k: experts per token.
     weights: gate_up or down.
     dtype: of the activations.
+    devices: over so many the tokens' experts are spread, those of `weights` being of one.
   """
+  quantized = isinstance(weights, QuantizedExperts)
   few = FEW
   if op.target_platform() == "cpu":
-    exact = jnp.dtype(dtype) == jnp.float32 and not isinstance(weights, QuantizedExperts)
-    few = FEW if exact else FEW_CONVERTED
+    few = FEW if jnp.dtype(dtype) == jnp.float32 and not quantized else FEW_CONVERTED
   elif tokens > MOST_TOKENS:
     return False
-  return tokens * k <= few * weights.shape[0]
+  elif quantized:  # the other op would first write all of them in 16 bits
+    return True
+  return tokens * k <= few * weights.shape[0] * devices
 
 
 def fused_moe(

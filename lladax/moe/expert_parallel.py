@@ -253,7 +253,8 @@ class Ring(_InPlace):
   def exchange(self, x, weights, gate_up, down, route, implementation):
     tokens = x.shape[0]
     x, weights = _of_all(x), _of_all(weights)
-    y = compute_planned(x, weights, gate_up, down, route, implementation)
+    devices = _devices(("tensor", AXIS))
+    y = compute_planned(x, weights, gate_up, down, route, implementation, devices=devices)
     return lax.psum_scatter(y.reshape(-1, tokens, y.shape[1]), AXIS)
 
 
@@ -322,5 +323,10 @@ def _there_and_back(x, weights, gate_up, down, route, implementation, there, bac
 
 def _own_experts(x, weights, experts, gate_up, down, split, implementation):
   """The share of y of the experts at hand, with room for all of their slots."""
-  first = first_expert(split, down.shape[0])
-  return compute_own(x, weights, experts - first, gate_up, down, implementation)
+  experts = experts - first_expert(split, down.shape[0])
+  options = {"devices": _devices(split)}
+  return compute_own(x, weights, experts, gate_up, down, implementation, **options)
+
+
+def _devices(axes) -> int:
+  return math.prod(lax.axis_size(axis) for axis in axes)

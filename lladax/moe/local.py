@@ -25,6 +25,8 @@ def compute_own(
   gate_up: Weights,
   down: Weights,
   implementation: str | None,
+  *,
+  devices: int = 1,
 ) -> jax.Array:
   """The share of y [T, D] of E experts, with room for all of their slots.
 
@@ -35,8 +37,9 @@ def compute_own(
     gate_up: [E, D, 2F].
     down: [E, F, D].
     implementation: of `MoEConfig`.
+    devices: over which the k experts of a token are spread.
   """
-  if takes_fused(implementation, x, weights, down):
+  if takes_fused(implementation, x, weights, down, devices=devices):
     return _fused(x, weights, experts, gate_up, down)
   plan = make_plan(experts, down.shape[0])
   return _ffn(x, weights, gate_up, down, plan, implementation)
@@ -49,19 +52,26 @@ def compute_planned(
   down: Weights,
   plan: Plan,
   implementation: str | None,
+  *,
+  devices: int = 1,
 ) -> jax.Array:
   """`compute_own` for the slots that a plan has room for."""
-  if takes_fused(implementation, x, weights, down):
+  if takes_fused(implementation, x, weights, down, devices=devices):
     return _fused(x, weights, plan.experts.reshape(weights.shape), gate_up, down)
   return _ffn(x, weights, gate_up, down, plan, implementation)
 
 
 def takes_fused(
-  implementation: str | None, x: jax.Array, weights: jax.Array, down: Weights
+  implementation: str | None,
+  x: jax.Array,
+  weights: jax.Array,
+  down: Weights,
+  *,
+  devices: int = 1,
 ) -> bool:
   """Whether `fused_moe` computes x [T, D]: where it is named, or faster and nothing is trained."""
   if implementation == INFERENCE:
-    return is_faster(*weights.shape, down, x.dtype)
+    return is_faster(*weights.shape, down, x.dtype, devices=devices)
   return implementation == FUSED
 
 

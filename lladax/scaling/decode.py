@@ -103,12 +103,12 @@ def _plan(decoder: Decoder, slice_: Slice, name: str, rows: int, length: int) ->
   size = program.tokens // rows
   model, parameters = decoder.model, shard_bytes(program.params)
   memory_bytes = shard_bytes(decoder.memory(rows, length))
-  useful = flops.token_flops(model, size, supervised=decoder.width / size, keys=length).total
+  useful = flops.pass_flops(model, size, keys=length, wanted=decoder.width)
   shared = {
     "slice_": slice_,
     "mesh_sizes": program.mesh_sizes,
     "exchange": exchange_name(model),
-    "useful_flops": useful * program.tokens / slice_.devices,
+    "useful_flops": useful * rows / slice_.devices,
     "tokens_per_step": program.tokens,
   }
   try:

@@ -67,6 +67,24 @@ def token_flops(
   )
 
 
+def pass_flops(model: ModelConfig, length: int, *, keys: int, wanted: int) -> float:
+  """Of a row in a pass of decoding over `length` columns that look at `keys`.
+
+  Args:
+    wanted: columns whose logits are asked for: the last layer computes keys and values of all, and
+      everything else of these alone.
+  """
+  each = token_flops(model, length, supervised=0.0, keys=keys)
+  heads, kv_heads = model.num_attention_heads, model.kv_heads
+  asking = (each.projections * heads / (heads + kv_heads) + each.scores) / model.num_hidden_layers
+  if model.num_routed_layers:
+    feed_forward = (each.router + each.experts) / model.num_routed_layers
+  else:
+    feed_forward = each.dense / model.num_dense_layers
+  head = 2 * model.hidden_size * model.vocab_size
+  return length * each.total - (length - wanted) * (asking + feed_forward) + wanted * head
+
+
 def train_flops(model: ModelConfig, length: int, *, supervised: float = 1.0) -> float:
   """Per token and training step: forward, and twice as much for the two gradients."""
   return 3 * token_flops(model, length, supervised=supervised).total

@@ -100,9 +100,20 @@ def test_few_tokens_take_the_one_op_and_many_the_other():
 
 
 def test_a_kernel_with_room_for_few_tokens_is_not_asked_for_many():
+  down = jax.ShapeDtypeStruct((64, 8, 8), jnp.bfloat16)
   with op.target("TPU v5"):
     for tokens, few in ((256, True), (512, True), (513, False)):
-      assert is_faster(tokens, 1, jax.ShapeDtypeStruct((64, 8, 8), jnp.bfloat16), "bfloat16") == few
+      assert is_faster(tokens, 1, down, "bfloat16") == few
+    # Eight bits have no other op that reads them as they are.
+    low = quantized(PARAMS)["down"]
+    assert not is_faster(512, E, PARAMS["down"], "bfloat16")
+    assert is_faster(512, E, low, "bfloat16") and not is_faster(513, E, low, "bfloat16")
+
+
+def test_slots_of_experts_elsewhere_do_not_count():
+  own = jax.ShapeDtypeStruct((8, 4, 4), jnp.bfloat16)  # of 64
+  with op.target("TPU v5"):
+    assert not is_faster(64, 8, own, "bfloat16") and is_faster(64, 8, own, "bfloat16", devices=8)
 
 
 def test_training_is_refused():

@@ -9,6 +9,7 @@ import pytest
 from lladax.models import Denoiser, abstract_params, llada2_mini, llada_moe_7b_a1b, tiny
 from lladax.scaling import token_flops, train_flops
 from lladax.scaling.chips import peak_flops
+from lladax.scaling.flops import pass_flops
 
 
 @pytest.mark.quick
@@ -60,6 +61,25 @@ def test_against_xla(model):
   compiled = jax.jit(forward).lower(abstract_params(model), tokens).compile()
   useful = token_flops(model, length).total * rows * length
   assert compiled.cost_analysis()["flops"] == pytest.approx(useful, rel=0.02)
+
+
+@pytest.mark.parametrize("model", [DENSE, GROUPED], ids=["dense", "grouped"])
+def test_a_pass_of_decoding_against_xla(model):
+  """Of the last layer, here the only one, nothing but keys and values is of all columns."""
+  rows, length, wanted = 2, 64, 16
+  model = dataclasses.replace(model, stacked=False)
+
+  def read(params, tokens):
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    at = jnp.array([8, 40])
+    return Denoiser(model).read(
+      params, tokens, positions, jnp.ones_like(tokens), at=at, width=wanted, keep=True
+    )
+
+  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  compiled = jax.jit(read).lower(abstract_params(model), tokens).compile()
+  useful = rows * pass_flops(model, length, keys=length, wanted=wanted)
+  assert compiled.cost_analysis()["flops"] == pytest.approx(useful, rel=0.03)
 
 
 def test_peaks_of_devices_by_the_names_that_jax_gives_them():

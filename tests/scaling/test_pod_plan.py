@@ -173,7 +173,7 @@ def test_decoding(slice_, weights):
   print(f"needed {block.needed_bytes / own:.3f}, read off {block.plan.cost.hbm_bytes / own:.3f}")
   assert block.needed_bytes == pytest.approx(own, rel=0.02)
   # The compiler fetches some experts before it is known that nobody wants them.
-  assert own < block.plan.cost.hbm_bytes < 1.08 * own
+  assert own < block.plan.cost.hbm_bytes < 1.1 * own
   # New columns travel, what is kept of the others does not.
   assert max(each.size for each in block.plan.collectives) < block.memory_bytes / 8
   assert block.floor <= block.seconds[0] <= block.seconds[1] < prefill.seconds[1]

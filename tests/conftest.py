@@ -32,6 +32,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 gc.set_threshold(200_000, 50, 100)
 
 
+def pytest_collection_finish():
+  gc.freeze()  # modules and tests live to the end
+
+
+def pytest_sessionfinish():
+  gc.freeze()  # and pytest collects several times while it ends, which took it up to ten seconds
+
+
 @pytest.fixture(autouse=True)
 def checked_values():
   """Every test has JAX check over which mesh axes each value varies."""

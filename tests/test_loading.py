@@ -41,11 +41,18 @@ def golden_logits(name):
   return golden["tokens"], logits
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+MESHES = (None, MeshConfig(data=1, fsdp=2, expert=4), MeshConfig(data=2, expert=2, tensor=2))
+
+
+# By default each family on one mesh.
 @pytest.mark.parametrize(
-  "mesh",
-  [None, MeshConfig(data=1, fsdp=2, expert=4), MeshConfig(data=2, expert=2, tensor=2)],
-  ids=["one device", "fsdp 2, expert 4", "data 2, expert 2, tensor 2"],
+  "name, mesh",
+  [
+    pytest.param(name, mesh, marks=() if i % 3 == j else pytest.mark.slow)
+    for i, name in enumerate(FAMILIES)
+    for j, mesh in enumerate(MESHES)
+  ],
+  ids=str,
 )
 def test_logits_are_the_published_ones_on_any_mesh(name, mesh):
   tokens, want = golden_logits(name)

@@ -98,6 +98,26 @@ class SamplerConfig:
       )
 
   @property
+  def drawing(self) -> dict[str, float | None]:
+    """`temperature` and `top_p` as far as they matter: data of each row, see `State`."""
+    drawn = self.temperature > 0
+    limited = drawn and self.top_p is not None and self.top_p < 1
+    return {
+      "temperature": self.temperature if drawn else None,
+      "top_p": self.top_p if limited else None,
+    }
+
+  @property
+  def program(self) -> SamplerConfig:
+    """What is compiled: the same for all that differ in numbers of `drawing` only."""
+    drawing = self.drawing
+    return dataclasses.replace(
+      self,
+      temperature=0.0 if drawing["temperature"] is None else 1.0,
+      top_p=None if drawing["top_p"] is None else 0.5,
+    )
+
+  @property
   def num_blocks(self) -> int:
     return self.gen_length // self.block_length
 

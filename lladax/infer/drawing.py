@@ -11,9 +11,9 @@ def draw_tokens(
   keys: jax.Array,
   positions: jax.Array,
   *,
-  temperature: float,
+  temperature: float | jax.Array | None,
   top_k: int | None = None,
-  top_p: float | None = None,
+  top_p: float | jax.Array | None = None,
 ) -> jax.Array:
   """Tokens int32[B, W] from logits [B, W, V]: argmax, or samples of softmax(logits / temperature).
 
@@ -27,18 +27,19 @@ def draw_tokens(
     keys: [B], of the row and iteration.
     positions: int32[B, W]; the noise of a position is a function of its row's key and of the
       position itself, so it does not depend on the window or on padding.
-    temperature: 0 for the argmax, among equals the lowest id; it is always within top-k and top-p,
-      which then change nothing.
-    top_k, top_p: draw only among these, see `likely`; None for all.
+    temperature: one number or float32[B], above 0. 0 or None for the argmax of all rows, among equals
+      the lowest id; it is always within top-k and top-p, which then change nothing.
+    top_k, top_p: draw only among these, see `likely`; None for all. top_p may be float32[B].
 
   Raises:
     ValueError: top_k below 1, top_p outside [0, 1].
   """
   if top_k is not None and top_k < 1:
     raise ValueError(f"top_k is at least 1, or None for no limit; got {top_k}")
-  if top_p is not None and not 0.0 <= top_p <= 1.0:
+  if isinstance(top_p, float) and not 0.0 <= top_p <= 1.0:
     raise ValueError(f"top_p lies between 0 and 1, or is None for no limit; got {top_p}")
-  if temperature > 0.0:
+  if not (temperature is None or isinstance(temperature, int | float) and temperature == 0):
+    temperature, top_p = (_by_row(x) for x in (temperature, top_p))
     vocabulary = logits.shape[-1]
 
     def noise(key, position):
@@ -51,7 +52,12 @@ def draw_tokens(
   return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def likely(logits: jax.Array, *, top_k: int | None, top_p: float | None) -> jax.Array:
+def _by_row(x):
+  """A number or None; numbers [B] as [B, 1, 1]."""
+  return x[:, None, None] if isinstance(x, jax.Array) and x.ndim else x
+
+
+def likely(logits: jax.Array, *, top_k: int | None, top_p: float | jax.Array | None) -> jax.Array:
   """The tokens bool[..., V] that top-k and top-p leave, of logits [..., V] after temperature.
 
   top_p keeps the most likely tokens up to and with the one that brings their probability above
@@ -63,12 +69,12 @@ def likely(logits: jax.Array, *, top_k: int | None, top_p: float | None) -> jax.
   allowed = jnp.ones(logits.shape, bool)
   if top_k is not None and top_k < logits.shape[-1]:
     allowed &= logits >= lowest_kept(logits, jnp.ones_like(logits), top_k - 1)
-  if top_p is not None and top_p < 1.0:
+  if top_p is not None and not (isinstance(top_p, float) and top_p >= 1.0):
     allowed &= logits >= lowest_kept(logits, jax.nn.softmax(logits, axis=-1), top_p)
   return allowed
 
 
-def lowest_kept(logits: jax.Array, weight: jax.Array, most: float) -> jax.Array:
+def lowest_kept(logits: jax.Array, weight: jax.Array, most: float | jax.Array) -> jax.Array:
   """The lowest logit such that all higher ones weigh at most `most`. [..., 1].
 
   Found by halving the span of the logits 32 times, each a pass over them, without a sort: of 64

@@ -27,12 +27,16 @@ class Request:
     ids: of the prompt; for infilling the whole row, with MASK wherever something is to be written.
     gen_length: tokens to write after the prompt; None: as many as the sampler says.
     seed: of the row; only read if something is drawn.
+    temperature, top_p: None: the sampler's. They compile nothing anew, so that it must be one of a
+      sampler that draws just where this one does; see `SamplerConfig.program`.
     infill: whether `ids` is a row to fill.
   """
 
   ids: Sequence[int]
   gen_length: int | None = None
   seed: int = 0
+  temperature: float | None = None
+  top_p: float | None = None
   infill: bool = False
 
 
@@ -94,14 +98,15 @@ class Engine:
   ):
     if slots < 1:
       raise ValueError(f"an engine has at least one slot, got {slots}")
-    self._network, self._params, self._config = as_network(network), params, config
+    self._network, self._params = as_network(network), params
+    self._sampler, self._config = config, config.program
     check_network(self._network, config)
     self._ids, self._pad_id, self._length = Ids(mask=mask_id, eos=as_ids(eos_ids)), pad_id, length
     kept = empty(self._network, (slots, length), config)
     zeros = np.zeros((slots, length), np.int32)
     nowhere = np.zeros(slots, np.int32)
     canvas = Canvas(zeros + pad_id, zeros, nowhere, nowhere, nowhere)
-    self._state = start_state(canvas, row_keys(0, slots), mask_id=mask_id, **kept)
+    self._state = start_state(canvas, row_keys(0, slots), mask_id=mask_id, **config.drawing, **kept)
     self._tickets: list[int | None] = [None] * slots
     self._column = np.zeros(slots, np.int64)
     self._end = np.zeros(slots, np.int64)
@@ -118,9 +123,11 @@ class Engine:
     """Whether a request can be decoded here.
 
     Raises:
-      ValueError: see `prompt_canvas` and `masked_canvas`; for one that is too long.
+      ValueError: see `prompt_canvas` and `masked_canvas`; for one that is too long, or that is drawn
+        where the sampler is not, or the other way round.
     """
     self._canvas(request)
+    self._drawing(request)
 
   def add(self, request: Request) -> int:
     """Puts a request into a free slot; its ticket.
@@ -128,11 +135,12 @@ class Engine:
     Raises:
       ValueError: as `check`, or without a free slot.
     """
-    canvas = self._canvas(request)
+    canvas, drawing = self._canvas(request), self._drawing(request)
     if not self.free:
       raise ValueError(f"all {len(self._tickets)} slots are taken; wait for one to be done")
     slot, ticket = self._tickets.index(None), self._next
-    row = start_state(canvas, row_keys([request.seed], 1), mask_id=self._ids.mask)
+    keys = row_keys([request.seed], 1)
+    row = start_state(canvas, keys, mask_id=self._ids.mask, **drawing)
     # A row's first pass renews what is kept of it.
     kept = {"memory": self._state.memory, "soft": self._state.soft}
     rest = self._state.replace(memory=None, soft=None)
@@ -188,6 +196,17 @@ class Engine:
       *(x[:count, slot, :width] for x in (seen.history.tokens, seen.history.confidence)),
       seen.revealed_at[slot, block], first=begun, mask_id=self._ids.mask,
     )  # fmt: skip
+
+  def _drawing(self, request: Request) -> dict[str, float | None]:
+    given = {"temperature": request.temperature, "top_p": request.top_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    asked = dataclasses.replace(self._sampler, **given)
+    if asked.program != self._config:
+      raise ValueError(
+        f"temperature {asked.temperature} with top_p {asked.top_p} is another program than "
+        f"{self._sampler.temperature} with {self._sampler.top_p}; use another engine"
+      )
+    return asked.drawing
 
   def cancel(self, ticket: int):
     """Frees the slot of a request; nothing happens to one that is done."""

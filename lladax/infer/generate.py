@@ -248,7 +248,8 @@ def run(
   ids = Ids(mask=mask_id, eos=as_ids(eos_id))
   keys = row_keys(seeds, canvas.tokens.shape[0])
   kept = empty(network, canvas.tokens.shape, config)
-  state = start_state(canvas, keys, mask_id=mask_id, **kept)
+  state = start_state(canvas, keys, mask_id=mask_id, **config.drawing, **kept)
+  config = config.program
   trail: list[Trail] = []
   ends = np.asarray(canvas.end)
   columns = int(np.max(ends - canvas.column))

@@ -137,8 +137,8 @@ class Step:
     logits = self._allowed(logits, state)
     columns = state.column[:, None] + jnp.arange(self.width)
     drawn = draw_tokens(
-      logits, draw_keys, columns, temperature=config.temperature, top_k=config.top_k,
-      top_p=config.top_p,
+      logits, draw_keys, columns, temperature=state.temperature, top_k=config.top_k,
+      top_p=state.top_p,
     )  # fmt: skip
     # Rules rank by a score of their own; what is recorded and what edits go by is a probability.
     confidence = token_probability(logits, drawn)

@@ -46,6 +46,7 @@ class State:
     iterations: int32[B]. Iterations in which the row had something to write. Those that its
       neighbours needed are not counted, so the number does not depend on them.
     nfe: int32[B], passes of the network that the row needed.
+    temperature, top_p: float32[B], what tokens of the row are drawn with; None where they are not.
     memory: keys and values, of twice the rows with guidance; None before the first pass that keeps
       them, and without a cache.
     soft: [B, S, D], what smoothing adds to the embeddings of masks; None without.
@@ -65,6 +66,8 @@ class State:
   iterations: jax.Array
   nfe: jax.Array
   memory: Any
+  temperature: jax.Array | None = None
+  top_p: jax.Array | None = None
   soft: jax.Array | None = None
   history: History | None = None
 
@@ -74,9 +77,16 @@ class State:
 
 
 def start_state(
-  canvas: Canvas, keys: jax.Array, *, mask_id: int, memory: Any = None, soft: Any = None
+  canvas: Canvas,
+  keys: jax.Array,
+  *,
+  mask_id: int,
+  temperature: float | None = None,
+  top_p: float | None = None,
+  memory: Any = None,
+  soft: Any = None,
 ) -> State:
-  """Rows before their first block."""
+  """Rows before their first block; `temperature` and `top_p` as in `SamplerConfig.drawing`."""
   tokens = np.asarray(canvas.tokens)
   shape, rows = tokens.shape, tokens.shape[0]
   zeros = np.zeros(rows, np.int32)
@@ -93,6 +103,8 @@ def start_state(
     confidence=np.zeros(shape, np.float32),
     iterations=zeros,
     nfe=zeros,
+    temperature=None if temperature is None else np.full(rows, temperature, np.float32),
+    top_p=None if top_p is None else np.full(rows, top_p, np.float32),
     memory=memory,
     soft=soft,
   )

@@ -93,7 +93,7 @@ class Desk:
     rows = Rows(ask, loop, self.scheduler.cancel, self.metrics)
     jobs: list[Job] = []
     for index, (made, answer, prompt) in enumerate(self.served.requests(ask, config, self.limits)):
-      job = Job(config=config, request=made, listen=rows.listener(index))
+      job = Job(config=config.program, request=made, listen=rows.listener(index))
       rows.add(job, answer, prompt)
       jobs.append(job)
     try:

@@ -251,8 +251,7 @@ def _number(fields: _Fields, name: str, low: float, high: float, *, open_below=F
 
   edge = f"above {low} and at most {high}" if open_below else f"from {low} to {high}"
   value = fields.take(name, (int, float), check=fits, expected=f"a number {edge}")
-  # Every value is another compilation; nobody means more digits than these.
-  return None if value is None else round(max(float(value), 0.01 if open_below else 0.0), 2)
+  return None if value is None else float(value)
 
 
 def _prompts(value: Any) -> tuple:

@@ -67,7 +67,7 @@ class Served:
     }
 
   def config(self, ask: Ask) -> SamplerConfig:
-    """How a request is decoded.
+    """How a request is decoded. Those of equal `program` share an engine.
 
     Raises:
       RequestError: for fields of the sampler that it may not set, or that make no sense.
@@ -141,7 +141,7 @@ class Served:
     """
     block, mask = config.block_length, self.model.config.mask_token_id
     seed = secrets.randbits(31) if ask.seed is None else ask.seed
-    made = []
+    made, drawing = [], config.drawing
     for number, (row, suffix) in enumerate(self.rows(ask, config)):
       infill = suffix is not None
       given = len(row) + len(suffix or ())
@@ -160,9 +160,9 @@ class Served:
         row_seed = (seed + number * ask.n + copy) % (1 << 31)
         if infill:
           ids = [*row, *[mask] * length, *suffix]
-          request = engine.Request(ids=ids, seed=row_seed, infill=True)
+          request = engine.Request(ids=ids, seed=row_seed, infill=True, **drawing)
         else:
-          request = engine.Request(ids=row, gen_length=whole, seed=row_seed)
+          request = engine.Request(ids=row, gen_length=whole, seed=row_seed, **drawing)
         answer = Answer(
           self.model.decode,
           first=len(row) if infill else 0,
@@ -190,7 +190,7 @@ class Served:
     config = self.config(Ask())
     length = min(config.gen_length, self.room(config, 1))
     request = engine.Request(ids=[self.eos_ids[0]], gen_length=length)
-    scheduler.submit([Job(config=config, request=request, listen=listen)])
+    scheduler.submit([Job(config=config.program, request=request, listen=listen)])
     await done.wait()
     if failures:
       raise failures[0]

@@ -67,8 +67,20 @@ def golden(name):
   return tensors, json.loads((GOLDENS / name / "config.json").read_text())
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, expert=2)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name, mesh",
+  [
+    *((name, None) for name in NAMES),
+    *(
+      pytest.param(
+        name,
+        MeshConfig(data=2, fsdp=2, expert=2),
+        marks=() if name == "llada2_moe" else pytest.mark.slow,
+      )
+      for name in NAMES
+    ),
+  ],
+)
 def test_import_then_export_is_byte_identical(name, mesh, tmp_path):
   """Whole files: shards, headers, numbers; with dtypes mixed and side files."""
   tensors, config = golden(name)

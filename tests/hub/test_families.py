@@ -344,7 +344,7 @@ def models(draw):
 def test_a_model_has_a_family_or_a_reason():
   seen = set()
 
-  @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+  @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
   @hypothesis.given(models())
   def law(config):
     try:

@@ -43,8 +43,17 @@ def bytes_read(monkeypatch):
   return counts
 
 
-@pytest.mark.parametrize("part_bytes", [plan_lib.PART_BYTES, 200])
-@pytest.mark.parametrize("mesh", MESHES)
+# In many parts on one device, whole on the meshes; the rest is slow.
+@pytest.mark.parametrize(
+  "mesh, part_bytes",
+  [
+    pytest.param(
+      mesh, size, marks=() if (size == 200) == (mesh == "one device") else pytest.mark.slow
+    )
+    for mesh in MESHES
+    for size in (plan_lib.PART_BYTES, 200)
+  ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_those_of_the_table_and_each_byte_is_read_once(
   name, mesh, part_bytes, bytes_read, monkeypatch

@@ -9,12 +9,14 @@ from toy_denoise import EOS, MASK, PAD, PARAMS, toy_denoise
 from lladax.infer import Engine, Random, Request, SamplerConfig, generate, infill
 from lladax.infer.generate import cut_at_eos, infill_config
 
-CONFIG = SamplerConfig(gen_length=8, steps=4, block_length=4, temperature=0.9, unmask=Random())
+CONFIG = SamplerConfig(
+  gen_length=8, steps=4, block_length=4, temperature=0.9, top_p=0.95, unmask=Random()
+)
 REQUESTS = [
   Request(ids=[3, 1, 4, 1, 5], seed=1),
-  Request(ids=[2, 7], seed=2, gen_length=3),
+  Request(ids=[2, 7], seed=2, gen_length=3, temperature=3.0),
   Request(ids=[], seed=3),
-  Request(ids=[9, 2, 6, 5, 3, 5, 8], seed=4, gen_length=12),
+  Request(ids=[9, 2, 6, 5, 3, 5, 8], seed=4, gen_length=12, temperature=2.0, top_p=0.5),
   Request(ids=[1, 4], seed=5, gen_length=1),
   Request(ids=[1, MASK, 3, 4, 5, MASK, MASK], seed=6, infill=True),
 ]
@@ -30,6 +32,9 @@ def engine(config=CONFIG, slots=2, length=24):
 def expected(request: int, config=CONFIG) -> tuple[list[int], int]:
   """The whole row, and its passes."""
   request = REQUESTS[request]
+  own = {"temperature": request.temperature, "top_p": request.top_p}
+  own = {name: value for name, value in own.items() if value is not None}
+  config = dataclasses.replace(config, **own)
   options = {"mask_id": MASK, "eos_id": EOS, "pad_id": PAD, "seeds": [request.seed]}
   if request.infill:
     result = infill(toy_denoise, PARAMS, [request.ids], config, block_length=4, **options)
@@ -108,6 +113,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost():
     one.check(Request(ids=[1] * 15, gen_length=9))
   with pytest.raises(ValueError, match="gen_length is at least 1, got 0"):
     one.check(Request(ids=[1], gen_length=0))
+  with pytest.raises(ValueError, match="temperature 0.0 with top_p 0.95 is another program"):
+    one.check(Request(ids=[1], temperature=0.0))
   with pytest.raises(ValueError, match="prompt 0 contains MASK"):
     one.add(Request(ids=[MASK]))
   assert one.step() == [] and one.free == 1

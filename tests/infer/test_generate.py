@@ -1,5 +1,6 @@
 """Generation and infilling: batches, padding, compilation, what comes back, bad input."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -95,6 +96,16 @@ def test_calls_of_equal_shape_compile_once():
   assert first.tokens.shape == again.tokens.shape
   run([[1, 2], [3], [4]], config)
   assert trace_count[0] > traced  # another batch size
+
+
+def test_temperatures_share_a_compilation():
+  config = SamplerConfig(gen_length=8, steps=8, block_length=8, temperature=0.5, top_p=0.9)
+  first = run([[1, 2]], config)
+  traced = trace_count[0]
+  warm = dataclasses.replace(config, temperature=5.0, top_p=0.99)
+  assert run([[1, 2]], warm).answers != first.answers and trace_count[0] == traced
+  assert run([[1, 2]], dataclasses.replace(config, temperature=0.0)).answers != first.answers
+  assert trace_count[0] > traced  # nothing is drawn any more
 
 
 def test_answers_end_before_the_first_eos_and_the_canvas_is_whole():

@@ -38,7 +38,11 @@ CACHES = (DualCache(), Vicinity(before=3, after=2, warmup=1), BlockCausal())
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: type(cache).__name__)
+@pytest.mark.parametrize(
+  "cache",
+  [CACHES[0], *(pytest.param(cache, marks=pytest.mark.slow) for cache in CACHES[1:])],
+  ids=lambda cache: type(cache).__name__,
+)
 def test_tokens_are_those_of_one_device(mesh, cache):
   ready, causal = cache != CACHES[1], cache == CACHES[2]
   smoothing = None if ready else Smoothing()

@@ -11,7 +11,8 @@ EOS, MASK = 256, 257
 
 def written(request: Request, config: SamplerConfig, column: int) -> int:
   """The byte that the stand-in writes at a column: a capital letter, now and then a blank."""
-  mix = hash((tuple(request.ids), request.seed, round(config.temperature * 100), column, 7))
+  temperature = config.temperature if request.temperature is None else request.temperature
+  mix = hash((tuple(request.ids), request.seed, temperature, column, 7))
   return 32 if mix % 6 == 0 else 65 + mix % 26
 
 

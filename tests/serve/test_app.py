@@ -32,7 +32,7 @@ def client(server):
 def expected(server, prompt: str, *, count=16, seed=0, **changes):
   ids = list(prompt.encode())
   config = server.served.config(changes.pop("ask", None) or Ask())
-  request = Request(ids=ids, gen_length=-(-count // 8) * 8, seed=seed)
+  request = Request(ids=ids, gen_length=-(-count // 8) * 8, seed=seed, **config.drawing)
   return bytes(written(request, config, len(ids) + i) for i in range(count)).decode()
 
 

@@ -56,11 +56,6 @@ def test_messages_may_come_in_parts_and_under_newer_names():
   assert ask.max_tokens == 4
 
 
-def test_temperatures_are_rounded_so_that_few_are_compiled():
-  assert complete(prompt="a", temperature=0.70004).temperature == 0.7
-  assert complete(prompt="a", top_p=0.001).top_p == 0.01  # never 0, which nothing satisfies
-
-
 @pytest.mark.parametrize(
   "body, message, param",
   [

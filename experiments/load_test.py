@@ -9,7 +9,7 @@ a 4xx error; and the server is idle and healthy at the end.
   python experiments/load_test.py --model=runs/tiny_text
   python experiments/load_test.py --random --requests=200 --clients=32 --json=load.json
 
-Prints the numbers; the exit status is 1 if anything was lost. Needs the extra `serve` and httpx.
+Prints the numbers; the exit status is 1 if anything was lost. Needs the extra `serve`.
 
 Expected: lost 0, different 0, whatever the machine.
 """

@@ -99,14 +99,13 @@ def insert(memory: KeyValues, new: KeyValues, place: Place) -> KeyValues:
 
   def put(old, fresh):
     size = fresh.shape[1]
-    changes = jnp.ones((fresh.shape[0], size), bool) if place.rows is None else place.rows[:, None]
+    before = take_columns(old, place.start, size)
     if place.first is not None:
       columns = place.start[:, None] + jnp.arange(size)
       inside = (columns >= place.first[:, None]) & (columns < place.end[:, None])
-      changes = changes & inside
-    if place.rows is not None or place.first is not None:
-      before = take_columns(old, place.start, size)
-      fresh = jnp.where(changes[..., None, None], fresh, before)
+      fresh = jnp.where(inside[..., None, None], fresh, before)
+    if place.rows is not None:
+      fresh = jnp.where(place.rows[:, None, None, None], fresh, before)
     return constrain(put_columns(old, fresh, place.start), *MEMORY_AXES)
 
   return jax.tree.map(put, memory, new)

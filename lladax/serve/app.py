@@ -88,6 +88,15 @@ class Desk:
     tree = await rows.whole(request, style)
     return JSONResponse(tree) if tree is not None else Response(status_code=GONE)
 
+  def health(self) -> JSONResponse:
+    alive, scheduler = self.scheduler.alive, self.scheduler
+    tree = {
+      "status": "ok" if alive else "stopping",
+      "waiting": scheduler.waiting,
+      "active": scheduler.active,
+    }
+    return JSONResponse(tree, status_code=200 if alive else 503)
+
   def submit(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> Rows:
     config = self.served.config(ask)
     rows = Rows(ask, loop, self.scheduler.cancel, self.metrics)
@@ -169,12 +178,7 @@ def make_app(
 
   @app.get("/health")
   async def health():
-    tree = {
-      "status": "ok" if scheduler.alive else "stopping",
-      "waiting": scheduler.waiting,
-      "active": scheduler.active,
-    }
-    return JSONResponse(tree, status_code=200 if scheduler.alive else 503)
+    return desk.health()
 
   @app.get("/metrics")
   async def numbers():

@@ -20,7 +20,7 @@ FLOORS = {
   "models": {"kernels_pallas", "moe", *GROUND},
   "diffusion": {"types"},
   "data": {"types", "config"},
-  "infer": {"types", "models.cache"},
+  "infer": {"kernels_pallas", "types", "models.cache"},
   "hub": {"models", "moe", "data", *GROUND},
   "train": {"models", "diffusion", "data", *GROUND},
   "tune": {"models", "diffusion", "data", "hub", "train", *GROUND},

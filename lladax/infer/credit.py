@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.argmax import argmax
+
 
 @dataclasses.dataclass(frozen=True)
 class Credit:
@@ -60,7 +62,7 @@ class Credit:
     """
     written = 1.0 - jnp.mean(masked, axis=1, dtype=jnp.float32)[:, None, None]
     alpha, beta = (written if rate is None else rate for rate in (self.alpha, self.beta))
-    likeliest = jnp.argmax(logits, axis=-1, keepdims=True)  # [B, W, 1]
+    likeliest = argmax(logits)[..., None]  # [B, W, 1]
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     gain = jnp.exp(self.gamma * (jnp.max(logits, axis=-1, keepdims=True) - total))
     gains = masked[..., None] & (jnp.arange(logits.shape[-1]) == likeliest)

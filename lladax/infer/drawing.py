@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.argmax import argmax
+
 
 def draw_tokens(
   logits: jax.Array,
@@ -49,7 +51,7 @@ def draw_tokens(
     gumbel = jax.vmap(jax.vmap(noise, in_axes=(None, 0)))(keys, positions)  # [B, W, V]
     allowed = likely(logits / temperature, top_k=top_k, top_p=top_p)
     logits = jnp.where(allowed, logits + temperature * gumbel, -jnp.inf)
-  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return argmax(logits)
 
 
 def _by_row(x):

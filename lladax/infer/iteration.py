@@ -60,6 +60,7 @@ class Step:
     config: how tokens are drawn and written.
     ids: of the model.
     rest: at least the columns from any row's block to its end.
+    places: what the network makes of the rows' positions.
   """
 
   network: Network
@@ -67,6 +68,7 @@ class Step:
   config: SamplerConfig
   ids: Ids
   rest: int
+  places: Any
 
   @property
   def width(self) -> int:
@@ -321,7 +323,7 @@ class Step:
     tokens = state.tokens
     if self.config.cfg_scale:
       tokens = jnp.concatenate([tokens, jnp.where(state.given, self.ids.mask, tokens)])
-    return tokens, self.twice(state.positions), self.twice(state.segment_ids)
+    return tokens, jax.tree.map(self.twice, self.places), self.twice(state.segment_ids)
 
   def _guide(self, logits: jax.Array) -> jax.Array:
     """un + (cfg_scale + 1) (cond - un): unsupervised guidance (SMDM, arXiv 2410.18514)."""

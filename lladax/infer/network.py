@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -35,6 +35,10 @@ class Network(Protocol):
   ) -> tuple[Logits, Memory]:  # fmt: skip
     """A pass over `size` columns of each row, the others' keys and values from memory."""
 
+  def places(self, positions) -> Any:
+    """What `read` and `read_window` take for positions int32[B, S]: a tree of [B, S, ...], made once
+    for all passes of a block."""
+
   def empty_memory(self, rows: int, length: int) -> Memory:
     """What is kept of a canvas [B, S] before its first pass."""
 
@@ -62,6 +66,9 @@ class Whole:
         "embeddings; use cache=NoCache() and smoothing=None, or a lladax.models.Denoiser"
       )
     return take_columns(self.denoise(params, tokens, positions, segment_ids), at, width), None
+
+  def places(self, positions):
+    return positions
 
   def vocab_size(self, params, tokens, positions, segment_ids) -> int:
     return jax.eval_shape(self.denoise, params, tokens, positions, segment_ids).shape[-1]

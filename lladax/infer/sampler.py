@@ -37,7 +37,8 @@ def decode_block(
     rest: at least the columns from any row's block to its end, for a cache whose windows end there;
       see `window_rest`.
   """
-  step = Step(network, params, config, ids, rest)
+  places = network.places(state.positions)
+  step = Step(network, params, config, ids, rest, places)
 
   def busy(block):
     # A rule that keeps its contract is done by then. The bound is for one that does not: an endless

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from lladax.models.attention import AttentionMask, segments
 from lladax.models.cache import MEMORY_AXES, KeyValues, Memory, Place, take_columns
 from lladax.models.config import ModelConfig
-from lladax.models.transformer import Transformer
+from lladax.models.layers import Places
+from lladax.models.transformer import Transformer, places_at
 from lladax.sharding import constrain
 from lladax.types import Logits, Positions, SegmentIds, Tokens
 
@@ -47,7 +48,7 @@ class Denoiser:
     self,
     params,
     tokens: Tokens,
-    positions: Positions,
+    positions: Positions | Places,
     segment_ids: SegmentIds,
     *,
     at: jax.Array,
@@ -59,7 +60,7 @@ class Denoiser:
 
     Args:
       params: of the model.
-      tokens, positions, segment_ids: int32[B, S].
+      tokens, positions, segment_ids: int32[B, S]; positions may be the `places` made of them.
       at: int32[B], the first column of each row whose logits are wanted.
       width: W, how many of them.
       soft: [B, S, D], added to the embeddings.
@@ -83,7 +84,7 @@ class Denoiser:
     self,
     params,
     tokens: Tokens,
-    positions: Positions,
+    positions: Positions | Places,
     segment_ids: SegmentIds,
     *,
     at: jax.Array,
@@ -112,7 +113,7 @@ class Denoiser:
     return self._read(
       params,
       take_columns(tokens, start, size),
-      positions=take_columns(positions, start, size),
+      positions=jax.tree.map(lambda x: take_columns(x, start, size), positions),
       mask=AttentionMask(
         segment_ids=take_columns(segment_ids, start, size),
         key_segment_ids=segment_ids,
@@ -125,6 +126,10 @@ class Denoiser:
       memory=memory,
       place=Place(start, *(refresh or (None, None)), rows),
     )
+
+  def places(self, positions: Positions) -> Places:
+    """What passes over the same positions need of them, for `read` and `read_window`."""
+    return places_at(self.config, positions)
 
   def empty_memory(self, rows: int, length: int) -> Memory:
     """Room for the keys and values of a canvas [B, S]; on a mesh by rows and heads.

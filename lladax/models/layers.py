@@ -7,6 +7,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from kernels_pallas.linear import linear
 from kernels_pallas.op import vary_like
@@ -84,6 +85,19 @@ class Embedding(nn.Module):
       return x.reshape(*tokens.shape, -1)
 
     return on_devices(local, (table_spec, rows), joined(*rows, stays), table, tokens)
+
+
+@struct.dataclass
+class Places:
+  """Where the tokens of a pass stand.
+
+  Attributes:
+    positions: int32[B, L].
+    rotary: cos and sin [B, L, 1, H / 2] there, see `rotary_tables`.
+  """
+
+  positions: jax.Array
+  rotary: tuple[jax.Array, jax.Array]
 
 
 def rotary_tables(positions: jax.Array, size: int, theta: float, dtype) -> tuple:

@@ -170,8 +170,10 @@ def test_guidance_mixes_with_a_pass_that_does_not_see_what_was_given():
   cond, un = numpy_denoise(x), numpy_denoise(np.where(x == MASK, x, MASK))
   for scale, expected in [(0.0, cond), (0.5, un + 1.5 * (cond - un))]:
     config = SamplerConfig(gen_length=4, steps=4, block_length=4, cfg_scale=scale)
-    step = Step(as_network(toy_denoise), PARAMS, config, Ids(mask=MASK, eos=(EOS,)), 0)
-    block = step.begin(start_state(canvas, row_keys(0, 1), mask_id=MASK))
+    state = start_state(canvas, row_keys(0, 1), mask_id=MASK)
+    ids = Ids(mask=MASK, eos=(EOS,))
+    step = Step(as_network(toy_denoise), PARAMS, config, ids, 0, state.positions)
+    block = step.begin(state)
     logits, memory, soft = step.read(block, step.active(block))
     assert memory is None and soft is None
     np.testing.assert_allclose(logits[0, :, :MASK], expected[3:, :MASK], rtol=1e-5, atol=1e-5)

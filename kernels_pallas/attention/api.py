@@ -38,12 +38,11 @@ def attention(
     query_offset: position of the first query among the keys, from 0, for `block_length`: one for
       all rows, or int32[B]. May be traced, for a shard of a sequence whose keys were gathered.
     implementation: one of `IMPLEMENTATIONS`; None chooses by the platform that is lowered for.
-      `row_blocks`: CPU, a few rows of the batch at a time. `chunked`: anywhere, a few queries at a
+      `row_blocks`: CPU, a few rows of the batch at a time, or a part of a long one. `chunked`: anywhere, a few queries at a
       time. `splash`: TPU, with one offset for all rows. `cudnn`: NVIDIA, where this process finds
       cuDNN. `reference`: all scores at once. By default TPUs get `splash` from 128 queries and keys
-      on and NVIDIA GPUs `cudnn`, where they take these operands; CPUs `row_blocks` while the scores
-      of a row of the batch stay within 64 MiB; and everything else `chunked`. Of these only
-      `row_blocks` and `reference` hold all scores of a row at once.
+      on and NVIDIA GPUs `cudnn`, where they take these operands; CPUs `row_blocks`; and everything
+      else `chunked`. Of these only `reference` holds all scores at once.
 
   Returns:
     [B, L, N, H] in the dtype of `query`.
@@ -130,10 +129,9 @@ def _choose(implementation, query, key, segments, limits, causal) -> _Kernels | 
         "takes everything) or None, which chooses"
       )
     return _Kernels(implementation, implementation, implementation, causal)
-  scores = query.shape[1] * query.shape[2] * key.shape[1]
   on_tpu = refusals["splash"] is None and splash.worthwhile(query, key)
   return _Kernels(
-    cpu="row_blocks" if scores <= chunked.SCORES_PER_CHUNK else "chunked",
+    cpu="row_blocks",
     tpu="splash" if on_tpu else "chunked",
     cuda="chunked" if refusals["cudnn"] else "cudnn",
     causal=causal,

@@ -76,8 +76,11 @@ class _Chunks:
   def __init__(self, query, key, segments, limits):
     B, L, N, _ = query.shape
     self.length, self.keys, self.heads = L, key.shape[1], key.shape[2]
-    fit = SCORES_PER_CHUNK // (B * N * self.keys)
-    self.size = min(L, max(LEAST_QUERIES, 1 << (max(fit, 1).bit_length() - 1)))
+    fit = max(LEAST_QUERIES, SCORES_PER_CHUNK // (B * N * self.keys))
+    # Chunks of equal size, by the rows that matrix units take at a time: little lies beyond the end.
+    multiple = min(128, 1 << (fit.bit_length() - 1))
+    share = -(-L // -(-L // (fit // multiple * multiple)))
+    self.size = min(L, -(-share // multiple) * multiple)
     self.number = -(-L // self.size)
     self.segments, self.limits = segments, limits
 

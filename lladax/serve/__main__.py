@@ -34,7 +34,11 @@ flags.DEFINE_integer(
   "port", 8000, "Port to listen at; 0 for a free one.", lower_bound=0, upper_bound=65535
 )
 flags.DEFINE_integer(
-  "slots", 8, "Answers decoded together, for each sampler in use.", lower_bound=1
+  "slots",
+  8,
+  "Answers decoded together, for each sampler in use. All slots are computed, taken or not, so that "
+  "an answer does not depend on how many there are: for one user on a CPU choose 1.",
+  lower_bound=1,
 )
 flags.DEFINE_integer("max_queue", 64, "Answers that may wait; more are refused.", lower_bound=1)
 flags.DEFINE_integer(

@@ -159,6 +159,19 @@ def test_row_blocks_of_batches_that_do_not_fit_one(monkeypatch, scores):
   assert_close(value_and_gradients("row_blocks", case, *args), softmax_attention(case, *args))
 
 
+# Queries at a time: 12, 6, 5 (not dividing 12) and 1; for rows one by one and all together.
+@pytest.mark.parametrize("case", ["packed_block_causal", "later_queries", "an_offset_per_row"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("queries", [12, 6, 5, 1])
+def test_row_blocks_of_long_rows(monkeypatch, case, rows, queries):
+  case = CASES[case]
+  args = case.operands()
+  scores = case.heads[0] * case.keys
+  monkeypatch.setattr(row_blocks, "SCORES_PER_BLOCK", rows * scores * case.queries)
+  monkeypatch.setattr(row_blocks, "SCORES_AT_ONCE", rows * scores * queries)
+  assert_close(value_and_gradients("row_blocks", case, *args), softmax_attention(case, *args))
+
+
 # Queries per chunk: 4 (dividing 12), and 8 (not dividing it).
 @pytest.mark.parametrize("case", ["packed_block_causal", "later_queries", "an_offset_per_row"])
 @pytest.mark.parametrize("size", [4, 8])
@@ -297,17 +310,28 @@ def test_a_kernel_for_another_platform_is_an_error_when_lowered():
     attention(*args, block_length=4, query_offset=offsets, implementation="splash")
 
 
-def test_a_cpu_is_given_row_blocks_and_chunks_where_those_are_too_large(monkeypatch):
+def test_a_cpu_is_given_row_blocks():
   args = CASES["packed"].operands()[:3]
 
   def operations(implementation):
     run = jax.jit(lambda *args: attention(*args, implementation=implementation))
     return run.lower(*args).as_text()
 
-  assert operations("row_blocks") != operations("chunked")
-  for limit, name in ((4 * 12 * 12, "row_blocks"), (4 * 12 * 12 - 1, "chunked")):
-    monkeypatch.setattr(chunked, "SCORES_PER_CHUNK", limit)
-    assert operations(None) == operations(name)
+  assert operations(None) == operations("row_blocks") != operations("chunked")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_row_holds_all_of_its_scores(packed):
+  shape = (2, 4096, 4, 8)
+  args = [jax.ShapeDtypeStruct(shape, jnp.float32)] * 3
+  ids = jax.ShapeDtypeStruct(shape[:2], jnp.int32) if packed else None
+
+  def loss(query, key, value, ids):
+    return attention(query, key, value, ids).sum()
+
+  compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args, ids).compile()
+  scores = 4 * 4 * 4096 * 4096  # bytes, of one row of the batch
+  assert compiled.memory_analysis().temp_size_in_bytes < scores
 
 
 @pytest.mark.parametrize("implementation", [None, "chunked"])

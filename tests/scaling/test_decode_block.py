@@ -1,19 +1,19 @@
-"""The decoding loop, and a step of it, compiled by libtpu for TPUs that are not here."""
+"""The decoding loop, and a step of it, compiled for TPUs and GPUs that are not here."""
 
-import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
 
-import flax.linen as nn
+import gpu_toolkit
 import jax
-import jax.numpy as jnp
 import pytest
+from decode_loop import arguments, memory_bytes
 
 from kernels_pallas import op
 from lladax.config import ConfigError
-from lladax.infer import DualCache, SamplerConfig, Threshold
-from lladax.infer.iteration import Ids
 from lladax.infer.sampler import decode_block
-from lladax.infer.state import State
-from lladax.models import Denoiser, init_variables, tiny
+from lladax.models import tiny
 from lladax.moe import MoEConfig
 from lladax.scaling import aot
 from lladax.scaling.chips import parse_slice
@@ -26,7 +26,8 @@ try:
   missing = ""
 except ConfigError as error:
   missing = str(error)
-pytestmark = [pytest.mark.skipif(bool(missing), reason=missing), pytest.mark.slow]
+pytestmark = pytest.mark.slow
+needs_libtpu = pytest.mark.skipif(bool(missing), reason=missing)
 
 CONFIG = tiny(
   vocab_size=2048,
@@ -40,9 +41,6 @@ CONFIG = tiny(
   param_dtype="bfloat16",
   stacked=False,
 )
-SAMPLER = SamplerConfig(
-  gen_length=128, steps=128, block_length=64, cache=DualCache(), unmask=Threshold(0.9)
-)
 
 
 @pytest.fixture(autouse=True)
@@ -50,38 +48,19 @@ def checked_values():
   """In place of the check of all tests: kernels are compiled as they run, and that is unchecked."""
 
 
+@needs_libtpu
 def test_keys_and_values_are_updated_in_place():
   rows, length = 2, 256
   device = aot.devices(parse_slice("v5e:2x2"))[0]
-  sharding = jax.sharding.SingleDeviceSharding(device)
-
-  def shaped(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-  def state():
-    canvas, row = jnp.zeros((rows, length), jnp.int32), jnp.zeros(rows, jnp.int32)
-    return State(
-      tokens=canvas, segment_ids=canvas, given=canvas > 0, first=row, column=row, end=row,
-      keys=jax.vmap(jax.random.key)(row.astype(jnp.uint32)), block=row, revealed_at=canvas,
-      confidence=canvas.astype(jnp.float32), iterations=row, nfe=row,
-      memory=Denoiser(CONFIG).empty_memory(rows, length),
-    )  # fmt: skip
-
-  params = jax.eval_shape(
-    lambda: nn.meta.unbox(init_variables(CONFIG, jax.random.key(0))["params"])
-  )
+  args, static = arguments(CONFIG, rows, length, jax.sharding.SingleDeviceSharding(device))
   with op.target(device.device_kind):
-    lowered = decode_block.lower(
-      Denoiser(dataclasses.replace(CONFIG)), shaped(params), shaped(jax.eval_shape(state)),
-      config=SAMPLER, ids=Ids(mask=0, eos=(1,)), rest=0,
-    )  # fmt: skip
-  stats = lowered.compile().memory_analysis()
-  memory = 2 * 2 * CONFIG.num_hidden_layers * rows * length * CONFIG.kv_heads * CONFIG.head_size
-  assert stats.alias_size_in_bytes >= memory
+    stats = decode_block.lower(*args, **static).compile().memory_analysis()
+  assert stats.alias_size_in_bytes >= memory_bytes(CONFIG, rows, length)
   # Logits of the blocks, and not of the canvas.
   assert stats.temp_size_in_bytes < 4 * rows * length * CONFIG.vocab_size * 4
 
 
+@needs_libtpu
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_step_updates_them_in_place_on_a_mesh(rows):
   slice_ = parse_slice("v5e:2x2")
@@ -89,8 +68,21 @@ def test_a_step_updates_them_in_place_on_a_mesh(rows):
   decoder = abstract_decoder(CONFIG, mesh, slice_, aot.devices(slice_), width=64)
   memory = decoder.memory(rows, 256)
   # Heads over tensor, and rows over expert where they divide.
-  whole = 2 * 2 * CONFIG.num_hidden_layers * rows * 256 * CONFIG.kv_heads * CONFIG.head_size
+  whole = memory_bytes(CONFIG, rows, 256)
   assert shard_bytes(memory) == whole // (2 if rows == 1 else 4)
   program = lower_block_step(decoder, rows=rows, length=256)
   stats = program.lowered.compile().memory_analysis()
   assert stats.alias_size_in_bytes >= shard_bytes(memory)
+
+
+@pytest.mark.skipif(gpu_toolkit.MISSING, reason=gpu_toolkit.REASON)
+def test_on_hopper_keys_and_values_stay_in_place_and_no_weights_are_copied():
+  script = pathlib.Path(__file__).parent / "gpu_decode.py"
+  command = [sys.executable, script, "NVIDIA H100 80GB HBM3"]
+  ran = subprocess.run(command, capture_output=True, text=True, env=gpu_toolkit.environment())
+  assert ran.returncode == 0, ran.stderr[-2000:]
+  found = json.loads(ran.stdout.splitlines()[-1])
+  assert found["fused_moe"] == 2
+  assert found["aliased"] >= found["memory"]
+  experts = 64 * 3 * 2048 * 1024 * 2  # bytes of one layer's
+  assert found["temporaries"] < experts / 2

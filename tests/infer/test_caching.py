@@ -135,7 +135,14 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in EXACT])
+USUAL = ("plain", "drawn", "ended", "apart", "dual", "vicinity")
+
+
+def others_slow(names):
+  return [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", others_slow(EXACT))
 def test_block_causal_cache_is_exact(name):
   network = Denoiser(dataclasses.replace(CONFIG, shift=name == "shifted"), block_length=8)
   config = dataclasses.replace(BY_BLOCKS, **EXACT[name])
@@ -155,7 +162,6 @@ def test_block_causal_cache_is_exact(name):
     assert cached.nfe.min() < 24
 
 
-@pytest.mark.slow
 def test_a_block_with_nothing_to_write_is_read_once():
   network, full = Denoiser(CONFIG, block_length=8), list(range(8))
   config = dataclasses.replace(BY_BLOCKS, unmask=Threshold(0.3, start=1.0, decay=0.1))
@@ -211,12 +217,7 @@ SAMPLERS = {
 }  # fmt: skip
 
 
-SHORT = ("dual",)
-
-
-@pytest.mark.parametrize(
-  "name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in SAMPLERS]
-)
+@pytest.mark.parametrize("name", others_slow(SAMPLERS))
 def test_a_row_is_decoded_as_if_it_were_alone(name):
   config = dataclasses.replace(BASE, **SAMPLERS[name])
   lengths = [16, 5, 9]
@@ -231,7 +232,6 @@ def test_a_row_is_decoded_as_if_it_were_alone(name):
     np.testing.assert_array_equal(alone.frames(0), together.frames(row))
 
 
-@pytest.mark.slow
 def test_block_causal_rows_are_their_own():
   network = Denoiser(CONFIG, block_length=8)
   config = dataclasses.replace(
@@ -243,7 +243,6 @@ def test_block_causal_rows_are_their_own():
     assert (alone.row(0), alone.nfe[0]) == (together.row(row), together.nfe[row])
 
 
-@pytest.mark.slow
 def test_the_caches_are_not_all_the_same():
   """Else the laws above would hold of caches that are never read."""
   results = {str(texts(run(dataclasses.replace(BASE, cache=c)))) for c in (NoCache(), *CACHES)}

@@ -38,11 +38,12 @@ def attention(
     query_offset: position of the first query among the keys, from 0, for `block_length`: one for
       all rows, or int32[B]. May be traced, for a shard of a sequence whose keys were gathered.
     implementation: one of `IMPLEMENTATIONS`; None chooses by the platform that is lowered for.
-      `row_blocks`: CPU, a few rows of the batch at a time, or a part of a long one. `chunked`: anywhere, a few queries at a
-      time. `splash`: TPU, with one offset for all rows. `cudnn`: NVIDIA, where this process finds
-      cuDNN. `reference`: all scores at once. By default TPUs get `splash` from 128 queries and keys
-      on and NVIDIA GPUs `cudnn`, where they take these operands; CPUs `row_blocks`; and everything
-      else `chunked`. Of these only `reference` holds all scores at once.
+      `row_blocks`: CPU, a few rows of the batch at a time, or a part of a long one. `chunked`:
+      anywhere, a few queries at a time. `splash`: TPU, with one offset for all rows. `cudnn`:
+      NVIDIA, where this process finds cuDNN. `reference`: all scores at once. By default TPUs get
+      `splash` from 128 queries and keys on and NVIDIA GPUs `cudnn`, where they take these operands;
+      CPUs `row_blocks`; and everything else `chunked`. Of these only `reference` holds all scores
+      at once.
 
   Returns:
     [B, L, N, H] in the dtype of `query`.

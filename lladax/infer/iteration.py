@@ -60,7 +60,7 @@ class Step:
     config: how tokens are drawn and written.
     ids: of the model.
     rest: at least the columns from any row's block to its end.
-    places: what the network makes of the rows' positions.
+    positions: of the rows, prepared by the network.
   """
 
   network: Network
@@ -68,7 +68,7 @@ class Step:
   config: SamplerConfig
   ids: Ids
   rest: int
-  places: Any
+  positions: Any
 
   @property
   def width(self) -> int:
@@ -323,7 +323,7 @@ class Step:
     tokens = state.tokens
     if self.config.cfg_scale:
       tokens = jnp.concatenate([tokens, jnp.where(state.given, self.ids.mask, tokens)])
-    return tokens, jax.tree.map(self.twice, self.places), self.twice(state.segment_ids)
+    return tokens, jax.tree.map(self.twice, self.positions), self.twice(state.segment_ids)
 
   def _guide(self, logits: jax.Array) -> jax.Array:
     """un + (cfg_scale + 1) (cond - un): unsupervised guidance (SMDM, arXiv 2410.18514)."""

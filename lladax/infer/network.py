@@ -35,9 +35,9 @@ class Network(Protocol):
   ) -> tuple[Logits, Memory]:  # fmt: skip
     """A pass over `size` columns of each row, the others' keys and values from memory."""
 
-  def places(self, positions) -> Any:
-    """What `read` and `read_window` take for positions int32[B, S]: a tree of [B, S, ...], made once
-    for all passes of a block."""
+  def prepare(self, positions) -> Any:
+    """Of positions int32[B, S] what `read` and `read_window` take in their place: a tree of
+    [B, S, ...], made once for all passes of a block."""
 
   def empty_memory(self, rows: int, length: int) -> Memory:
     """What is kept of a canvas [B, S] before its first pass."""
@@ -67,7 +67,7 @@ class Whole:
       )
     return take_columns(self.denoise(params, tokens, positions, segment_ids), at, width), None
 
-  def places(self, positions):
+  def prepare(self, positions):
     return positions
 
   def vocab_size(self, params, tokens, positions, segment_ids) -> int:

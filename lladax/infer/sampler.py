@@ -37,8 +37,8 @@ def decode_block(
     rest: at least the columns from any row's block to its end, for a cache whose windows end there;
       see `window_rest`.
   """
-  places = network.places(state.positions)
-  step = Step(network, params, config, ids, rest, places)
+  positions = network.prepare(state.positions)
+  step = Step(network, params, config, ids, rest, positions)
 
   def busy(block):
     # A rule that keeps its contract is done by then. The bound is for one that does not: an endless

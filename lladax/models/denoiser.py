@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from lladax.models.attention import AttentionMask, segments
 from lladax.models.cache import MEMORY_AXES, KeyValues, Memory, Place, take_columns
 from lladax.models.config import ModelConfig
-from lladax.models.layers import Places
-from lladax.models.transformer import Transformer, places_at
+from lladax.models.layers import RotaryPositions
+from lladax.models.transformer import Transformer, rotary_positions
 from lladax.sharding import constrain
 from lladax.types import Logits, Positions, SegmentIds, Tokens
 
@@ -48,7 +48,7 @@ class Denoiser:
     self,
     params,
     tokens: Tokens,
-    positions: Positions | Places,
+    positions: Positions | RotaryPositions,
     segment_ids: SegmentIds,
     *,
     at: jax.Array,
@@ -60,7 +60,7 @@ class Denoiser:
 
     Args:
       params: of the model.
-      tokens, positions, segment_ids: int32[B, S]; positions may be the `places` made of them.
+      tokens, positions, segment_ids: int32[B, S]; positions may be `prepare`d.
       at: int32[B], the first column of each row whose logits are wanted.
       width: W, how many of them.
       soft: [B, S, D], added to the embeddings.
@@ -84,7 +84,7 @@ class Denoiser:
     self,
     params,
     tokens: Tokens,
-    positions: Positions | Places,
+    positions: Positions | RotaryPositions,
     segment_ids: SegmentIds,
     *,
     at: jax.Array,
@@ -127,9 +127,9 @@ class Denoiser:
       place=Place(start, *(refresh or (None, None)), rows),
     )
 
-  def places(self, positions: Positions) -> Places:
-    """What passes over the same positions need of them, for `read` and `read_window`."""
-    return places_at(self.config, positions)
+  def prepare(self, positions: Positions) -> RotaryPositions:
+    """Positions for many passes over them, by `read` and `read_window`."""
+    return rotary_positions(self.config, positions)
 
   def empty_memory(self, rows: int, length: int) -> Memory:
     """Room for the keys and values of a canvas [B, S]; on a mesh by rows and heads.

@@ -88,7 +88,7 @@ class Embedding(nn.Module):
 
 
 @struct.dataclass
-class Places:
+class RotaryPositions:
   """Where the tokens of a pass stand.
 
   Attributes:

@@ -17,7 +17,7 @@ from lladax.models.attention import Attention, AttentionMask, full, segments
 from lladax.models.cache import Columns, KeyValues, Memory, Place, take_columns
 from lladax.models.config import ModelConfig, dtype_of
 from lladax.models.head import weighted_nll_on_mesh
-from lladax.models.layers import Embedding, Places, RMSNorm, SwiGLU, project, rotary_tables
+from lladax.models.layers import Embedding, RMSNorm, RotaryPositions, SwiGLU, project, rotary_tables
 from lladax.moe.layer import MoELayer
 from lladax.moe.router import RouterStats
 from lladax.sharding import constrain, spec
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
     self,
     tokens: Tokens,
     *,
-    positions: Positions | Places | None,
+    positions: Positions | RotaryPositions | None,
     mask: AttentionMask | None,
     groups: RowGroups | None = None,
     soft: jax.Array | None = None,
@@ -212,12 +212,12 @@ class Transformer(nn.Module):
     if soft is not None:
       x = x + soft.astype(x.dtype)
     x = constrain(x, "batch", "length", "activation")
-    places = positions if isinstance(positions, Places) else places_at(config, positions)
-    rotary = places.rotary
+    if not isinstance(positions, RotaryPositions):
+      positions = rotary_positions(config, positions)
+    positions, rotary = positions.positions, positions.rotary
     memory = Memory(None, None) if memory is None else memory
     stats = kept = dense_kept = None
     last = {}
-    positions = places.positions
     if wanted is not None:
       positions = wanted.take(positions)
       if _may_leave_out(config, x):
@@ -240,7 +240,7 @@ class Transformer(nn.Module):
     self,
     tokens: Tokens,
     *,
-    positions: Positions | Places,
+    positions: Positions | RotaryPositions,
     mask: AttentionMask,
     at: jax.Array,
     width: int,
@@ -288,14 +288,15 @@ class Transformer(nn.Module):
     return self.lm_head(), _Head.AXES
 
 
-def places_at(config: ModelConfig, positions: Positions) -> Places:
+def rotary_positions(config: ModelConfig, positions: Positions) -> RotaryPositions:
   """Positions with the tables by which queries and keys turn there.
 
   Once for all layers, and for all passes of a loop that can have them made before it: from the
   positions alone XLA takes the cosine anew in each layer for every head.
   """
   dtype = dtype_of(config.dtype)
-  return Places(positions, rotary_tables(positions, config.rotary_size, config.rope_theta, dtype))
+  tables = rotary_tables(positions, config.rotary_size, config.rope_theta, dtype)
+  return RotaryPositions(positions, tables)
 
 
 def _may_leave_out(config: ModelConfig, x: jax.Array) -> bool:

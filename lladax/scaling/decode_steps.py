@@ -24,7 +24,7 @@ from lladax.models import (
   quantize_params,
 )
 from lladax.models.cache import MEMORY_AXES
-from lladax.models.layers import Places
+from lladax.models.layers import RotaryPositions
 from lladax.moe.expert_parallel import specs_of
 from lladax.scaling.active import Routed
 from lladax.scaling.chips import Slice
@@ -62,10 +62,10 @@ class Decoder:
     shapes = jax.eval_shape(lambda: self.denoise.empty_memory(rows, length))
     return jax.tree.map(lambda x: self.array(x.shape, x.dtype, *MEMORY_AXES), shapes)
 
-  def places(self, rows: int, length: int) -> Places:
-    """What a loop of passes makes of the positions before it begins, by rows."""
+  def positions(self, rows: int, length: int) -> RotaryPositions:
+    """As a loop of passes prepares them before it begins, by rows."""
     positions = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    shapes = jax.eval_shape(self.denoise.places, positions)
+    shapes = jax.eval_shape(self.denoise.prepare, positions)
     return jax.tree.map(
       lambda x: self.array(x.shape, x.dtype, "batch", *[None] * (x.ndim - 1)), shapes
     )
@@ -127,16 +127,16 @@ def lower_prefill(decoder: Decoder, *, rows: int, length: int) -> Lowered:
   """A pass over the whole canvas -> (tokens, probabilities, memory) of one block of each row."""
   ids, row = _canvas(decoder, rows, length)
 
-  def step(params, tokens, places, segment_ids, at):
+  def step(params, tokens, positions, segment_ids, at):
     logits, memory = decoder.denoise.read(
-      params, tokens, places, segment_ids, at=at, width=decoder.width, keep=True
+      params, tokens, positions, segment_ids, at=at, width=decoder.width, keep=True
     )
     return *_draw(decoder, logits, at), memory
 
   lies = jax.tree.map(lambda x: x.sharding, decoder.memory(rows, length))
   jitted = jax.jit(step, out_shardings=(None, None, lies))
   return _lowered(
-    decoder, jitted, (decoder.params, ids, decoder.places(rows, length), ids, row), rows, length
+    decoder, jitted, (decoder.params, ids, decoder.positions(rows, length), ids, row), rows, length
   )
 
 
@@ -146,10 +146,10 @@ def lower_block_step(decoder: Decoder, *, rows: int, length: int) -> Lowered:
   behind = decoder.denoise.look_behind
   size = decoder.width + behind
 
-  def step(params, memory, tokens, places, segment_ids, at, active):
+  def step(params, memory, tokens, positions, segment_ids, at, active):
     start = at - behind
     logits, memory = decoder.denoise.read_window(
-      params, tokens, places, segment_ids, at=at, width=decoder.width, memory=memory,
+      params, tokens, positions, segment_ids, at=at, width=decoder.width, memory=memory,
       start=start, size=size, refresh=(start, start + size), rows=active,
     )  # fmt: skip
     return *_draw(decoder, logits, at), memory
@@ -164,7 +164,7 @@ def lower_block_step(decoder: Decoder, *, rows: int, length: int) -> Lowered:
     donate_argnums=1,
   )
   active = decoder.array((rows,), jnp.bool_, "batch")
-  args = decoder.params, memory, ids, decoder.places(rows, length), ids, row, active
+  args = decoder.params, memory, ids, decoder.positions(rows, length), ids, row, active
   return _lowered(decoder, jitted, args, rows, size)
 
 

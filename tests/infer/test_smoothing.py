@@ -61,7 +61,7 @@ class Toy:
     kept = jnp.where(rows[:, None, None], seen, before)
     return self._logits(seen, segment_ids, at, width), self._kept(kept)
 
-  def places(self, positions):
+  def prepare(self, positions):
     return positions
 
   def _kept(self, embedded):

@@ -48,20 +48,20 @@ def test_no_cosine_is_taken_in_the_loop(cache, cfg_scale):
   assert not names & {"cos", "sin"}
 
 
-def test_places_stand_for_positions():
+def test_prepared_positions_stand_for_positions():
   network, params = Denoiser(CONFIG), init_params(CONFIG, jax.random.key(0))
   tokens = jnp.arange(24).reshape(2, 12)
   positions = jnp.array([np.arange(12), np.arange(3, 15)])
   rest = {"segment_ids": jnp.ones_like(tokens), "at": jnp.array([0, 5]), "width": 4}
 
-  def passes(places):
-    whole, memory = network.read(params, tokens, places, keep=True, **rest)
+  def passes(positions):
+    whole, memory = network.read(params, tokens, positions, keep=True, **rest)
     window = network.read_window(
-      params, tokens, places, memory=memory, start=rest["at"], size=4, **rest
+      params, tokens, positions, memory=memory, start=rest["at"], size=4, **rest
     )
     return whole, window
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-    passes(network.places(positions)), passes(positions),
+    passes(network.prepare(positions)), passes(positions),
   )  # fmt: skip

@@ -2,11 +2,12 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lladax.infer import DualCache, SamplerConfig, Threshold
+from lladax.infer.canvas import prompt_canvas
+from lladax.infer.generate import row_keys
 from lladax.infer.iteration import Ids
-from lladax.infer.state import State
+from lladax.infer.state import start_state
 from lladax.models import Denoiser, init_variables
 
 SAMPLER = SamplerConfig(
@@ -22,13 +23,9 @@ def arguments(config, rows: int, length: int, sharding) -> tuple[tuple, dict]:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
   def state():
-    canvas, row = jnp.zeros((rows, length), jnp.int32), jnp.zeros(rows, jnp.int32)
-    return State(
-      tokens=canvas, segment_ids=canvas, given=canvas > 0, first=row, column=row, end=row,
-      keys=jax.vmap(jax.random.key)(row.astype(jnp.uint32)), block=row, revealed_at=canvas,
-      confidence=canvas.astype(jnp.float32), iterations=row, nfe=row,
-      memory=Denoiser(config).empty_memory(rows, length),
-    )  # fmt: skip
+    canvas = prompt_canvas([[1]] * rows, length - 1, mask_id=0, pad_id=1, multiple=1)
+    memory = Denoiser(config).empty_memory(rows, length)
+    return start_state(canvas, row_keys(0, rows), mask_id=0, memory=memory)
 
   def params():
     return nn.meta.unbox(init_variables(config, jax.random.key(0))["params"])

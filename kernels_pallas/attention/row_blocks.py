@@ -112,19 +112,14 @@ def _over_rows(f, segments, limits, *args):
     rows -= 1
   if limits is not None:
     limits = jnp.broadcast_to(limits, (B, L))
-  if _pieces(1, N, L, S) > 1:  # the mask of these rows is written before the loop over queries
+  # Before the loop that it is used in: over rows, or for a long one over its queries.
+  short = _pieces(1, N, L, S) == 1
+  args = (*args, allowed(segments, limits, S) if short else (segments, limits))
 
-    def run(args):
-      *args, segments, limits = args
-      return f(*args, allowed(segments, limits, S))
+  def run(args):
+    *args, mask = args
+    return f(*args, mask if short else allowed(*mask, S))
 
-    args = (*args, segments, limits)
-  else:
-
-    def run(args):
-      return f(*args)
-
-    args = (*args, allowed(segments, limits, S))
   if rows == B:
     return run(args)
   blocks = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), args)
